@@ -1,0 +1,221 @@
+"""Checkpoints: folders of safetensors files and a manifest that is written last.
+
+`checkpoint_{step}.mdl/manifest.json` names every tensor with its shape and the parts of it in the
+files, every file with its size and SHA-256, the step, the configuration and the tokenizer. A folder
+is written under another name and renamed when it is whole, and renamed before it is deleted: one of
+this name is always whole. Nothing that is read can run code.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+UNFINISHED = (".writing", ".deleting")
+
+
+def checkpoint_path(out_dir: Path, step: int) -> Path:
+    return out_dir / f"checkpoint_{step}.mdl"
+
+
+def find_checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    found = {}
+    for path in out_dir.glob("checkpoint_*.mdl"):
+        match = re.fullmatch(r"checkpoint_(\d+)\.mdl", path.name)
+        if match and (path / MANIFEST).is_file():
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
+
+
+def remove_unfinished(out_dir: Path) -> None:
+    """What a killed run left half-written or half-deleted."""
+    for suffix in UNFINISHED:
+        for path in out_dir.glob(f"checkpoint_*.mdl{suffix}"):
+            shutil.rmtree(path)
+
+
+def save(
+    path: Path,
+    state: Iterable[tuple[str, dict[str, Tensor]]],
+    step: int,
+    updates: int,
+    config: dict,
+    tokenizer: Path | None,
+) -> None:
+    """Writes a checkpoint, or nothing: an error leaves no folder of that name.
+
+    state: (name of a file, its tensors by name), each held only while it is written.
+    tokenizer: the file to carry along. A checkpoint that is already there is left as it is.
+    Raises UserError or OSError when it can't be written.
+    """
+    if path.exists():
+        return
+    writing = path.with_name(path.name + UNFINISHED[0])
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    manifest = {"format": FORMAT, "step": step, "updates": updates, "config": config}
+    files, tensors = {}, {}
+    try:
+        for group, members in state:
+            name = f"{group}.safetensors"
+            _write_tensors(members, writing / name)
+            files[name] = _describe(writing / name)
+            for key, tensor in members.items():
+                tensors[key] = {
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "shape": list(tensor.shape),
+                    "parts": [{"file": name, "rows": [0, tensor.shape[0]]}],
+                }
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, writing / TOKENIZER)
+            files[TOKENIZER] = _describe(writing / TOKENIZER)
+        manifest |= {"files": files, "tensors": tensors}
+        (writing / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for name in [*files, MANIFEST]:
+            _sync(writing / name)
+        _sync(writing)
+        writing.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+
+
+def _write_tensors(members: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in members.items()}, path)
+    except SafetensorError as error:
+        raise UserError(
+            f"{path.parent} could not be written ({error}); free some space: the checkpoints "
+            "before it are whole, and --checkpoint_path latest goes on from the newest"
+        ) from None
+
+
+def _describe(path: Path) -> dict:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(out_dir: Path, keep: int | None) -> None:
+    """Deletes all but the newest `keep` checkpoints."""
+    for path in find_checkpoints(out_dir)[: -keep if keep else 0]:
+        deleting = path.with_name(path.name + UNFINISHED[1])
+        path.rename(deleting)
+        shutil.rmtree(deleting)
+
+
+class Checkpoint:
+    """A whole checkpoint, read by tensor.
+
+    Raises UserError where it is missing, not a checkpoint, incomplete or changed.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UserError(f"{self.path}: there is no such checkpoint")
+        if not (self.path / MANIFEST).is_file():
+            raise UserError(f"{self.path} is not a checkpoint of gigaGPT: it has no {MANIFEST}")
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise UserError(f"{self.path} has format {manifest['format']}, not {FORMAT}")
+            self.step, self.updates = int(manifest["step"]), int(manifest["updates"])
+            self.config, self.files = dict(manifest["config"]), dict(manifest["files"])
+            self.tensors = dict(manifest["tensors"])
+            for name, entry in self.files.items():
+                self._check_size(name, entry["bytes"])
+            for name, entry in self.tensors.items():
+                self._check_cover(name, entry)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise self._damaged(f"{MANIFEST} can't be understood") from None
+        self._verified: set[str] = set()
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.path} is damaged: {what}; take an earlier checkpoint")
+
+    def _check_size(self, name: str, size: int) -> None:
+        if Path(name).name != name:
+            raise self._damaged(f"file name {name!r}")
+        file = self.path / name
+        if not file.is_file():
+            raise self._damaged(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise self._damaged(f"{name} has {file.stat().st_size:,} bytes, not {size:,}")
+
+    def _check_cover(self, name: str, entry: dict) -> None:
+        """Every row of every tensor must be held exactly once."""
+        row = 0
+        for part in sorted(entry["parts"], key=lambda part: part["rows"]):
+            if part["file"] not in self.files or part["rows"][0] != row:
+                raise self._damaged(f"rows from {row} of {name} are not held exactly once")
+            row = part["rows"][1]
+        if row != entry["shape"][0]:
+            raise self._damaged(f"rows from {row} of {name} are missing")
+
+    def _open(self, name: str):
+        """The tensors of a file whose checksum was found right."""
+        if name not in self._verified:
+            if _describe(self.path / name)["sha256"] != self.files[name]["sha256"]:
+                raise self._damaged(f"{name} was changed (its checksum differs)")
+            self._verified.add(name)
+        return safe_open(self.path / name, framework="pt")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path} holds no {name}: it is of another model")
+        entry, rows = self.tensors[name], []
+        try:
+            for part in sorted(entry["parts"], key=lambda part: part["rows"]):
+                with self._open(part["file"]) as file:
+                    rows.append(file.get_tensor(name))
+        except SafetensorError as error:
+            raise self._damaged(str(error)) from None
+        tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
+        if list(tensor.shape) != entry["shape"]:
+            raise self._damaged(f"{name} has shape {list(tensor.shape)}, not {entry['shape']}")
+        return tensor
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The file of its tokenizer, unless the model was trained without one."""
+        return self.path / TOKENIZER if TOKENIZER in self.files else None
+
+
+def find_checkpoint(named: str | None, out_dir: Path, say: Callable[[str], None]):
+    """The checkpoint that --checkpoint_path names, or None where there is none to start from."""
+    if named is None:
+        return None
+    if named != "latest":
+        return Checkpoint(named)
+    found = find_checkpoints(out_dir)
+    if not found:
+        say(f"no checkpoint in {out_dir}: starting fresh")
+        return None
+    return Checkpoint(found[-1])

@@ -1,0 +1,185 @@
+"""What a run is: one flat set of keys, from configs/*.yaml, overridden on the command line."""
+
+import difflib
+import re
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from errors import UserError
+from model import GPTConfig
+
+
+@dataclass
+class Configuration(GPTConfig):
+    """A run: the keys of the model, and these.
+
+    Args:
+        out_dir: folder of the checkpoints, metrics, picture and resolved configuration
+        dataset: folder with train.bin, val.bin and meta.json (see data/)
+        batch_size: sequences in an optimizer step, whatever the number of systems
+        micro_batch_size: sequences in one forward pass; null: what memory allows
+        sequence_length: tokens in a sequence
+        num_steps: optimizer steps of the whole run
+        checkpoint_steps: steps between checkpoints
+        keep: how many of the newest checkpoints to keep; null: all
+        eval_steps: steps between evaluations
+        eval_batches: batches of an evaluation; null: all of val.bin
+        learning_rate: the peak, after warm-up
+        warmup_steps: steps of linear warm-up
+        decay_steps: steps from the end of warm-up to a tenth of the peak; null: up to num_steps
+        weight_decay: of AdamW, on matrices and embeddings only
+        adam_epsilon: of AdamW
+        max_gradient_norm: global norm to which gradients are clipped
+        seed: of the weights, the order of the data and dropout
+        backend: where to run; auto takes a GPU when there is one
+        engine: how to run; auto asks the planner
+        num_systems: number of GPUs or systems to train on
+        precision: of the matrix products; weights and optimizer are fp32 always
+        memory_limit: such as 20GB; null: what the machine or its container has
+        checkpoint_path: a checkpoint to start from, or latest: the newest in out_dir, if any
+        init_from: folder or hub name of Hugging Face GPT-2 weights to start from
+    """
+
+    out_dir: str = "model_dir"
+    dataset: str = "data/openwebtext"
+    batch_size: int = 120
+    micro_batch_size: int | None = None
+    sequence_length: int = 2048
+    num_steps: int = 10000
+    checkpoint_steps: int = 1000
+    keep: int | None = None
+    eval_steps: int = 1000
+    eval_batches: int | None = None
+    learning_rate: float = 6e-4
+    warmup_steps: int = 1500
+    decay_steps: int | None = None
+    weight_decay: float = 0.1
+    adam_epsilon: float = 1e-8
+    max_gradient_norm: float = 1.0
+    seed: int = 0
+    backend: Literal["auto", "CPU", "GPU", "CSX"] = "auto"
+    engine: Literal["auto", "resident", "streaming", "sharded", "cerebras"] = "auto"
+    num_systems: int = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_limit: str | None = None
+    checkpoint_path: str | None = None
+    init_from: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in _POSITIVE:
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"{key}: {value} is not a positive number")
+        for key in ("warmup_steps", "weight_decay", "seed"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key}: {getattr(self, key)} is negative")
+        if self.sequence_length > self.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length: {self.sequence_length} is above max_position_embeddings "
+                f"{self.max_position_embeddings}; lower the one or raise the other"
+            )
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+
+
+_POSITIVE = (
+    *("batch_size", "micro_batch_size", "sequence_length", "num_steps", "checkpoint_steps", "keep"),
+    *("eval_steps", "eval_batches", "learning_rate", "decay_steps", "adam_epsilon"),
+    *("max_gradient_norm", "num_systems"),
+)
+MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_configuration(description: str, *switches: str) -> tuple[Configuration, set[str]]:
+    """Reads `CONFIG [--key value ...]` from the command line.
+
+    Returns the configuration and those of the `switches` (options without a value) that were given.
+    Raises UserError for an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    arguments = sys.argv[1:]
+    parser = ArgumentParser(
+        description=description,
+        usage="%(prog)s CONFIG [--key value ...]",
+        allow_abbrev=False,
+        exit_on_error=False,
+        print_config=None,
+    )
+    parser.add_argument("--config", action="config", help="the CONFIG; its keys are these:")
+    for switch in switches:
+        parser.add_argument(f"--{switch}", action="store_true")
+    parser.add_class_arguments(Configuration)
+    if {"-h", "--help"} & set(arguments):
+        parser.parse_args(["--help"])
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("the first argument is a configuration, such as configs/demo.yaml")
+    path, overrides = arguments[0], arguments[1:]
+    _check_keys([key for key in read_yaml(path)], f"{path}: ")
+    _check_keys([a[2:].split("=")[0] for a in overrides if a.startswith("--")], "--", *switches)
+    try:
+        values = vars(parser.parse_args(["--config", path, *overrides]))
+        given = {switch for switch in switches if values.pop(switch)}
+        del values["config"]
+        return Configuration(**values), given
+    except (ArgumentError, ValueError) as error:
+        message = str(error).replace("Parser key ", "").replace('"', "")
+        message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
+        raise UserError(" ".join(message.split())) from None
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The keys and values of a configuration file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a configuration: it holds no `key: value` lines")
+    return content
+
+
+def write_configuration(config: Configuration, path: Path) -> None:
+    """Writes a file that is a configuration again."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def model_config(keys: dict) -> GPTConfig:
+    """The shape of the model in a checkpoint's configuration."""
+    try:
+        return GPTConfig(**{key: keys[key] for key in MODEL_KEYS})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's configuration is not one of a model: {error}") from None
+
+
+def with_model(config: Configuration, model: GPTConfig) -> Configuration:
+    """The run of `config` for another model."""
+    try:
+        return replace(config, **{key: getattr(model, key) for key in MODEL_KEYS})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def parse_bytes(text: str) -> int:
+    """'20GB' -> 20_000_000_000."""
+    for unit, size in _UNITS.items():
+        if text.endswith(unit):
+            try:
+                return int(float(text[: -len(unit)]) * size)
+            except ValueError:
+                break
+    raise ValueError(f"memory_limit: {text} is not a size such as 20GB or 16GiB")
+
+
+def _check_keys(keys: list[str], prefix: str, *more: str) -> None:
+    known = [*(field.name for field in fields(Configuration)), *more]
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
+            raise UserError(f"{prefix}{key} is not a known key; {hint}")

@@ -1,0 +1,24 @@
+"""Prepare Shakespeare's plays by character: python data/shakespeare_char/prepare.py"""
+
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
+
+from data.prepare import char_tokenizer, scratch, write
+from data.shakespeare.prepare import SOURCE, plays
+from errors import command
+
+
+def main() -> None:
+    ArgumentParser(description=__doc__, allow_abbrev=False).parse_args()
+    folder = Path(__file__).absolute().parent
+    with scratch(folder) as temporary:
+        splits = plays()
+        write(folder, temporary, splits, char_tokenizer(splits), "char", SOURCE)
+
+
+if __name__ == "__main__":
+    command(main)

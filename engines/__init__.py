@@ -1,0 +1,67 @@
+"""The seam between the loop and what runs a step: every engine offers the same few methods."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from configuration import Configuration
+from errors import UserError
+
+Batches = Callable[[int, int], object]  # (rank, world) -> indexed by step: (ids, targets) of int64
+
+
+@dataclass
+class StepStats:
+    """What a finished step tells."""
+
+    step: int  # optimizer steps completed
+    loss: float  # mean over the tokens of the global batch, in nats
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step counted: else it changed nothing."""
+        return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
+
+
+class Engine(Protocol):
+    """Runs the steps of a model. Tensors have the same names in every engine: those of the model's
+    parameters, and the same behind `exp_avg.` and `exp_avg_sq.` for Adam's moments."""
+
+    updates: int  # optimizer steps that changed the weights
+
+    def initialize(self) -> None:
+        """Draws the initial weights from the seed."""
+
+    def load(self, read: Callable[[str], Tensor], updates: int | None) -> None:
+        """Takes every tensor from `read(name)`; with updates None the weights alone."""
+
+    def run(
+        self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
+    ) -> Iterator[StepStats]:
+        """Trains from step start to stop, yielding each step in order, possibly late. `progress` is
+        told the fraction of the step that is done, now and then."""
+
+    def evaluate(self, batches: Batches, progress: Callable = iter) -> tuple[float, int]:
+        """The sum of the losses over all batches, in fp64, and the tokens counted."""
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(name of a group, its tensors on the CPU), one kind of tensor of one unit at a time."""
+
+    def close(self) -> None:
+        """Frees what the engine holds."""
+
+
+def open_engine(config: Configuration, training: bool = True) -> Engine:
+    """The engine of a resolved configuration; without `training` it holds weights only."""
+    if config.engine != "resident" or config.num_systems > 1:
+        raise UserError(f"engine {config.engine} on {config.num_systems} systems is not there yet")
+    from engines.resident import ResidentEngine
+
+    return ResidentEngine(config, training)

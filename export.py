@@ -1,0 +1,165 @@
+"""Writes a checkpoint as Hugging Face GPT-2: python export.py --checkpoint_path P --out DIR
+
+Our tensors and those of transformers' GPT2LMHeadModel differ in name, and its linear layers
+(Conv1D) hold the transpose of ours. A model without biases is exported with biases of zero.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import Checkpoint
+from configuration import Configuration, model_config, with_model
+from errors import UserError, command
+from model import GPTConfig
+
+INDEX = "model.safetensors.index.json"  # the name transformers looks for
+END_OF_TEXT = "<|endoftext|>"
+BLOCK = {
+    "ln_1": "ln_1",
+    "attn.qkv": "attn.c_attn",
+    "attn.proj": "attn.c_proj",
+    "ln_2": "ln_2",
+    "mlp.fc": "mlp.c_fc",
+    "mlp.proj": "mlp.c_proj",
+}
+ENDS = {"embedding.tokens": "wte", "embedding.positions": "wpe", "norm": "ln_f"}
+
+
+def hugging_face_name(name: str) -> str:
+    """decoder.3.attn.qkv.weight -> transformer.h.3.attn.c_attn.weight"""
+    module, kind = name.rsplit(".", 1)
+    if block := re.fullmatch(r"decoder\.(\d+)\.(.+)", module):
+        return f"transformer.h.{block[1]}.{BLOCK[block[2]]}.{kind}"
+    return f"transformer.{ENDS[module]}.{kind}"
+
+
+def is_transposed(name: str) -> bool:
+    """Whether the other side holds the transpose of this tensor."""
+    return re.search(r"(attn|mlp)\.\w+\.weight$", name) is not None
+
+
+def hugging_face_config(config: GPTConfig):
+    """The GPT2Config of a model."""
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.max_position_embeddings,
+        n_embd=config.width,
+        n_layer=config.depth,
+        n_head=config.heads,
+        activation_function=config.activation,
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        initializer_range=config.init_std,
+        architectures=["GPT2LMHeadModel"],
+    )
+
+
+def hugging_face_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """(their name, tensor), one at a time."""
+    for name in checkpoint.tensors:
+        if name.startswith("exp_avg"):
+            continue
+        try:
+            theirs = hugging_face_name(name)
+        except KeyError:
+            raise UserError(f"{name} of {checkpoint.path} has no place in GPT-2") from None
+        tensor = checkpoint.read(name)
+        yield theirs, tensor.T.contiguous() if is_transposed(name) else tensor
+        if not checkpoint.config["bias"] and not name.startswith("embedding"):
+            yield theirs.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])
+
+
+def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable[[str], Tensor]]:
+    """The run of `config` with the model of its init_from, a folder or hub name of Hugging Face
+    GPT-2, and `read(our name)` over its weights."""
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    source = config.init_from
+    try:
+        theirs = AutoConfig.from_pretrained(source)
+        if theirs.model_type != "gpt2" or theirs.activation_function not in ("gelu", "gelu_new"):
+            raise ValueError("it is not a GPT-2 that this model can be")
+        state = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32).state_dict()
+    except (OSError, ValueError) as error:
+        raise UserError(f"init_from: {source}: {str(error).splitlines()[0]}") from None
+
+    def read(name: str) -> Tensor:
+        tensor = state[hugging_face_name(name)]
+        return tensor.T if is_transposed(name) else tensor
+
+    model = GPTConfig(
+        width=theirs.n_embd,
+        depth=theirs.n_layer,
+        heads=theirs.n_head,
+        vocab_size=theirs.vocab_size,
+        max_position_embeddings=theirs.n_positions,
+        dropout=config.dropout,
+        init_std=config.init_std,
+        activation=theirs.activation_function,
+    )
+    return with_model(config, model), read
+
+
+def load_tokenizer(checkpoint: Checkpoint):
+    """The transformers tokenizer of a checkpoint, or None where it carries none."""
+    if checkpoint.tokenizer is None:
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.tokenizer))
+    if END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
+    return tokenizer
+
+
+def export(checkpoint: Checkpoint, out: Path) -> None:
+    """Writes configuration, tokenizer and weights into `out`, holding one unit at a time."""
+    if (out / INDEX).exists():
+        raise UserError(f"{out} already holds a model; take another --out")
+    config = model_config(checkpoint.config)
+    hugging_face_config(config).save_pretrained(out)
+    if tokenizer := load_tokenizer(checkpoint):
+        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer.save_pretrained(out)
+    units = groupby(hugging_face_tensors(checkpoint), key=lambda item: unit_of(item[0]))
+    weight_map, total = {}, 0
+    for unit, members in tqdm(units, total=config.depth + 2, unit="unit", disable=None):
+        tensors = dict(members)
+        save_file(tensors, out / f"{unit}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, f"{unit}.safetensors")
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def unit_of(name: str) -> str:
+    """transformer.h.3.mlp.c_fc.weight -> transformer.h.3; wte and wpe belong together."""
+    parts = name.split(".")
+    if parts[1] == "h":
+        return ".".join(parts[:3])
+    return "transformer.norm" if parts[1] == "ln_f" else "transformer.embedding"
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint_path", type=str, required=True, help="a checkpoint")
+    parser.add_argument("--out", type=str, required=True, help="the folder to write")
+    arguments = parser.parse_args()
+    export(Checkpoint(arguments.checkpoint_path), Path(arguments.out))
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    command(main)

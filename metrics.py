@@ -1,0 +1,145 @@
+"""What a run tells: a line a step, metrics.jsonl, TensorBoard events and loss.png."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engines import StepStats
+
+
+def say(message: str) -> None:
+    """One line on the console, above the progress bar if there is one."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Metrics:
+    """Records the steps of one run after `start`; records beyond `start` in the folder are dropped.
+
+    flops_per_token and peak_flops (FLOP/s) give the model FLOPs utilisation, MFU.
+    """
+
+    def __init__(
+        self, out_dir: Path, start: int, stop: int, flops_per_token: int, peak_flops: float
+    ):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.out_dir, self.start, self.stop = out_dir, start, stop
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.records = [r for r in read_records(out_dir / "metrics.jsonl") if r["step"] <= start]
+        kept = out_dir / "metrics.jsonl.writing"
+        kept.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        kept.replace(out_dir / "metrics.jsonl")
+        self.file = open(out_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.events = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1)
+        # None: a bar on a terminal alone; a log has its lines
+        self.bar = tqdm(total=stop, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        self.began = self.told = time.monotonic()
+        self.done = start
+
+    def log(self, stats: StepStats) -> None:
+        """A finished step."""
+        rate = stats.tokens / stats.seconds
+        mfu = rate * self.flops_per_token / self.peak_flops
+        self._record(
+            step=stats.step,
+            loss=stats.loss,
+            learning_rate=stats.learning_rate,
+            grad_norm=stats.grad_norm,
+            tokens_per_second=rate,
+            mfu=mfu,
+        )
+        self.done = stats.step
+        say(
+            f"step {stats.step}/{self.stop} | loss {stats.loss:.4f} | lr {stats.learning_rate:.3e} "
+            f"| norm {stats.grad_norm:.3f} | {rate:,.0f} tokens/s | MFU {mfu:.1%} "
+            f"| {memory_used() / 1e9:.2f} GB | {self._left(0)} left"
+            + ("" if stats.finite else " | not finite: this step changed nothing")
+        )
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.update(1)
+        self.told = time.monotonic()
+
+    def progress(self, fraction: float) -> None:
+        """The part of the current step that is done: on the bar, or in a line a minute."""
+        self.bar.set_postfix_str(f"{fraction:.0%} of step {self.done + 1}")
+        if self.bar.disable and time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            say(f"step {self.done + 1}/{self.stop} | {fraction:.0%} | {self._left(fraction)} left")
+
+    def _left(self, fraction: float) -> str:
+        """The time to the end at the pace so far; `fraction` of the current step is done."""
+        done = self.done - self.start + fraction
+        spent = time.monotonic() - self.began
+        return format_time(spent / done * (self.stop - self.start - done))
+
+    def log_evaluation(self, step: int, val_loss: float) -> None:
+        """An evaluation after `step`, and the picture up to here."""
+        self._record(step=step, val_loss=val_loss)
+        say(
+            f"step {step}/{self.stop} | val_loss {val_loss:.4f} "
+            f"| perplexity {math.exp(val_loss):.2f}"
+        )
+        self.draw()
+
+    def _record(self, step: int, **values: float) -> None:
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self.records.append({"step": step, **finite})
+        self.file.write(json.dumps(self.records[-1]) + "\n")
+
+    def draw(self) -> None:
+        """Writes loss.png."""
+        from matplotlib.figure import Figure
+
+        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
+        for key, style in (("loss", {"linewidth": 0.8}), ("val_loss", {"marker": "o"})):
+            points = [(r["step"], r[key]) for r in self.records if r.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=key, **style)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.out_dir))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        drawing = self.out_dir / "loss.png.writing"
+        figure.savefig(drawing, format="png", dpi=120)
+        os.replace(drawing, self.out_dir / "loss.png")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        self.events.close()
+
+
+def read_records(path: Path) -> Iterable[dict]:
+    """The records of a metrics.jsonl; a last line that was cut off is left out."""
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                break
+
+
+def memory_used() -> int:
+    """Peak bytes so far: allocated on the GPU if there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_time(seconds: float) -> str:
+    """3725 -> '1:02:05', with days in front where there are any."""
+    days, rest = divmod(int(seconds), 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days} d {clock}" if days else clock

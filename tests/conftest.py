@@ -1,0 +1,101 @@
+"""What the tests share: a small dataset, a small configuration, and the commands run in-process."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data.prepare import char_tokenizer, from_texts
+from errors import command
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 27  # the letters, space and newline of `text`, an odd number
+
+torch.set_num_threads(1)  # small models are faster so, and sums the same everywhere
+
+
+def text(seed: int, words: int) -> str:
+    """Something a small model learns in a few steps: words of a small vocabulary, in lines."""
+    source = random.Random(seed)
+    vocabulary = ["".join(source.choices("abcdefghijklmnopqrstuvwxy", k=5)) for _ in range(50)]
+    return "\n".join(" ".join(source.choices(vocabulary, k=8)) for _ in range(words // 8))
+
+
+def write_dataset(folder: Path, train: str, val: str) -> Path:
+    """A dataset of characters, in the form that data/prepare.py writes."""
+    import hashlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = char_tokenizer({"train": from_texts([train, "abcdefghijklmnopqrstuvwxy \n"])})
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    meta = {
+        "tokenizer": "char",
+        "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "dtype": "uint16",
+        "tokens": {},
+        "bytes": {},
+    }
+    for split, content in (("train", train), ("val", val)):
+        np.array(tokenizer.encode(content).ids, np.uint16).tofile(folder / f"{split}.bin")
+        meta["tokens"][split] = meta["bytes"][split] = len(content)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "words", text(1, 4000), text(1, 301))
+
+
+@pytest.fixture
+def config(dataset, tmp_path) -> SimpleNamespace:
+    """A configuration file of a small model (path), its values, and its out_dir."""
+    values = {
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 32,
+        "out_dir": str(tmp_path / "out"),
+        "dataset": str(dataset),
+        "batch_size": 4,
+        "sequence_length": 32,
+        "num_steps": 6,
+        "checkpoint_steps": 3,
+        "eval_steps": 6,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "backend": "CPU",
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return SimpleNamespace(path=str(path), values=values, out=tmp_path / "out")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run("train", *arguments) -> status, out, err of `python train.py *arguments`."""
+
+    def run(name: str, *arguments: object) -> SimpleNamespace:
+        module = __import__(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command(module.main)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(status=stop.value.code or 0, out=out, err=err)
+
+    return run
+
+
+def records(out: Path, key: str = "loss") -> list[dict]:
+    """The records of out/metrics.jsonl that have `key`."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if key in record]

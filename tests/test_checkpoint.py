@@ -1,0 +1,142 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import Checkpoint, checkpoint_path, find_checkpoints, prune, save
+from errors import UserError
+
+
+def state():
+    yield "embedding", {"embedding.weight": torch.arange(12.0).view(4, 3)}
+    yield "norm", {"norm.weight": torch.ones(3), "norm.bias": torch.zeros(3)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    path = checkpoint_path(tmp_path, 5)
+    save(path, state(), 5, 4, {"width": 3}, tmp_path / "tokenizer.json")
+    return path
+
+
+def test_round_trip(saved):
+    opened = Checkpoint(saved)
+    assert (opened.step, opened.updates, opened.config) == (5, 4, {"width": 3})
+    for _, members in state():
+        for name, tensor in members.items():
+            assert torch.equal(opened.read(name), tensor)
+    assert opened.tokenizer.read_text() == "{}"
+
+
+def test_a_checkpoint_that_is_there_is_left_alone(saved):
+    before = {file: file.stat().st_mtime_ns for file in saved.iterdir()}
+    save(saved, iter([("other", {"x": torch.ones(1)})]), 5, 5, {}, None)
+    assert {file: file.stat().st_mtime_ns for file in saved.iterdir()} == before
+
+
+def test_a_tensor_in_parts(saved, tmp_path):
+    """As several systems write one: rows of a tensor in files of their own."""
+    whole = torch.arange(12.0).view(4, 3)
+    path = tmp_path / "parts"
+    pieces = {"a": whole[:1], "b": whole[1:]}
+    save(path, ((k, {"embedding.weight": v}) for k, v in pieces.items()), 1, 1, {}, None)
+    manifest = json.loads((path / "manifest.json").read_text())
+    entry = {"dtype": "float32", "shape": [4, 3], "parts": []}
+    manifest["tensors"]["embedding.weight"] = entry
+    entry["parts"] = [
+        {"file": "b.safetensors", "rows": [1, 4]},
+        {"file": "a.safetensors", "rows": [0, 1]},
+    ]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert torch.equal(Checkpoint(path).read("embedding.weight"), whole)
+    for rows, message in (([2, 4], "not held exactly once"), ([0, 4], "not held exactly once")):
+        entry["parts"][0]["rows"] = rows
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=message):
+            Checkpoint(path)
+
+
+@pytest.mark.parametrize("file", ["embedding.safetensors", "norm.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["delete", "truncate", "append"])
+def test_damage_is_found_before_anything_is_read(saved, file, damage):
+    path = saved / file
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(
+            path.read_bytes()[:-1] if damage == "truncate" else path.read_bytes() + b"x"
+        )
+    with pytest.raises(UserError, match=rf"is damaged: {file} .*; take an earlier checkpoint"):
+        Checkpoint(saved)
+
+
+def test_a_flipped_bit_is_found(saved):
+    content = bytearray((saved / "norm.safetensors").read_bytes())
+    content[-2] ^= 1
+    (saved / "norm.safetensors").write_bytes(content)
+    opened = Checkpoint(saved)
+    opened.read("embedding.weight")
+    with pytest.raises(UserError, match=r"norm.safetensors was changed \(its checksum differs\)"):
+        opened.read("norm.weight")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"format": 1}', '{"format": 2}', '{"format": 1, "step": "x"}'],
+)
+def test_damaged_manifest(saved, content):
+    (saved / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest.json can't be understood|has format 2, not 1"):
+        Checkpoint(saved)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/file"])
+def test_files_stay_inside(saved, name):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": ""}
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is damaged: file name"):
+        Checkpoint(saved)
+
+
+def test_missing_tensor(saved):
+    with pytest.raises(UserError, match=r"holds no decoder.0.weight: it is of another model"):
+        Checkpoint(saved).read("decoder.0.weight")
+
+
+def test_an_error_while_saving_leaves_nothing(tmp_path):
+    def fails():
+        yield "norm", {"norm.weight": torch.ones(3)}
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        save(checkpoint_path(tmp_path, 1), fails(), 1, 1, {}, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_is_written_last_and_the_name_given_after_it(tmp_path, monkeypatch):
+    seen = []
+
+    def watch(path):
+        seen.append((path.name, sorted(p.name for p in tmp_path.rglob("manifest.json"))))
+        return sync(path)
+
+    sync = checkpoint._sync
+    monkeypatch.setattr(checkpoint, "_sync", watch)
+    save(checkpoint_path(tmp_path, 1), state(), 1, 1, {}, None)
+    folder = "checkpoint_1.mdl.writing"
+    files = ["embedding.safetensors", "norm.safetensors", "manifest.json"]
+    assert [name for name, _ in seen] == [*files, folder, tmp_path.name]
+
+
+def test_prune_keeps_the_newest(saved):
+    for step in (10, 9, 100):
+        shutil.copytree(saved, checkpoint_path(saved.parent, step))
+    prune(saved.parent, None)
+    assert len(find_checkpoints(saved.parent)) == 4
+    prune(saved.parent, 2)
+    found = [path.name for path in find_checkpoints(saved.parent)]
+    assert found == ["checkpoint_10.mdl", "checkpoint_100.mdl"]

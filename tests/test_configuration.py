@@ -1,0 +1,149 @@
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from configuration import Configuration, parse_bytes, parse_configuration, write_configuration
+from engines.optimizer import learning_rate
+from errors import UserError
+from model import count_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = {  # parameters, depth, width, heads, learning rate, sequence length, batch size
+    "111m": (111_050_496, 10, 768, 12, 6.0e-4, 2048, 120),
+    "256m": (255_977_024, 14, 1088, 17, 6.0e-4, 2048, 264),
+    "590m": (590_310_912, 18, 1536, 12, 2.0e-4, 2048, 264),
+    "1p3b": (1_315_723_264, 24, 2048, 16, 2.0e-4, 2048, 528),
+    "2p7b": (2_651_553_280, 32, 2560, 32, 2.0e-4, 2048, 528),
+    "6p7b": (6_658_404_352, 32, 4096, 32, 1.2e-4, 2048, 1040),
+    "13b": (12_853_386_240, 40, 5120, 40, 1.2e-4, 2048, 1080),
+    "70b": (64_861_528_064, 80, 8192, 64, 1.0e-6, 2048, 1472),
+    "175b": (174_604_259_328, 96, 12288, 96, 5.0e-6, 2048, 1472),
+}
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    def parse(*arguments: str) -> Configuration:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        return parse_configuration("")[0]
+
+    return parse
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table(name, parse):
+    config = parse(str(ROOT / f"configs/{name}.yaml"))
+    shape = (config.depth, config.width, config.heads)
+    run = (config.learning_rate, config.sequence_length, config.batch_size)
+    assert (count_parameters(config), *shape, *run) == TABLE[name]
+    assert config.out_dir == "model_dir"
+    assert config.dataset == "data/openwebtext"
+
+
+def test_every_configuration_is_listed_and_has_no_placeholder():
+    assert {path.stem for path in ROOT.glob("configs/*.yaml")} == {"demo", *TABLE}
+    for path in ROOT.glob("configs/*.yaml"):
+        assert "/path/to" not in path.read_text()
+
+
+def test_command_line_overrides_the_file(parse, config):
+    got = parse(config.path, "--batch_size", "8", "--learning_rate", "6e-4", "--bias", "false")
+    assert (got.batch_size, got.learning_rate, got.bias, got.width) == (8, 6e-4, False, 32)
+    assert parse(config.path, "--bias", "False").bias is False
+    assert parse(config.path, "--batch_size=16").batch_size == 16
+
+
+def test_a_number_like_6e_4_in_a_file_is_a_number(parse, config):
+    Path(config.path).write_text("learning_rate: 6e-4\nadam_epsilon: 1e-9\nvocab_size: 27\n")
+    got = parse(config.path)
+    assert (got.learning_rate, got.adam_epsilon) == (6e-4, 1e-9)
+
+
+def test_written_configuration_is_a_configuration_again(parse, config, tmp_path):
+    first = parse(config.path, "--adam_epsilon", "1e-9", "--memory_limit", "20GB")
+    write_configuration(first, tmp_path / "again.yaml")
+    assert asdict(parse(str(tmp_path / "again.yaml"))) == asdict(first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batchsize", "8"], "--batchsize is not a known key; did you mean batch_size?"),
+        (["--batch", "8"], "--batch is not a known key; did you mean batch_size?"),
+        (["--num_step=8"], "--num_step is not a known key; did you mean num_steps?"),
+        (["--batch_size", "many"], "batch_size: .*int.* Got value: many"),
+        (["--batch_size", "1.5"], "batch_size: .*int.* Got value: 1.5"),
+        (["--bias", "maybe"], "bias: .*maybe"),
+        (["--activation", "relu"], "activation: .*gelu.*relu"),
+        (["--backend", "TPU"], "backend: .*CPU.*TPU"),
+        (["--heads", "5"], "heads: 5 does not divide width 32"),
+        (["--sequence_length", "33"], "sequence_length: 33 is above max_position_embeddings 32"),
+        (["--batch_size", "0"], "batch_size: 0 is not a positive number"),
+        (["--learning_rate", ".nan"], "learning_rate: nan is not a positive number"),
+        (["--warmup_steps", "-1"], "warmup_steps: -1 is negative"),
+        (["--memory_limit", "lots"], "memory_limit: lots is not a size such as 20GB"),
+        (["stray"], "stray"),
+    ],
+)
+def test_wrong_arguments(parse, config, arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse(config.path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("widht: 8", "widht is not a known key; did you mean width?"),
+        ("width: [1", "is not YAML"),
+        ("just words", "is not a configuration"),
+        ("", "is not a configuration"),
+        ("width: wide", "width: .*int.*wide"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_wrong_files(parse, tmp_path, content, message):
+    (tmp_path / "wrong.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        parse(str(tmp_path / "wrong.yaml"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--width", "8"]])
+def test_no_file(parse, arguments):
+    with pytest.raises(UserError, match="the first argument is a configuration"):
+        parse(*arguments)
+
+
+def test_missing_file_and_misspelt_key_as_a_user_sees_them(run, config):
+    seen = run("train", "nowhere.yaml")
+    assert seen.status == 1
+    assert seen.err == "error: nowhere.yaml: No such file or directory\n"
+    seen = run("train", config.path, "--widht", "8")
+    assert seen.err == "error: --widht is not a known key; did you mean width?\n"
+
+
+def test_learning_rate_schedule():
+    config = Configuration(learning_rate=1.0, warmup_steps=10, num_steps=110)
+    assert [learning_rate(config, s) for s in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(config, 60) == pytest.approx(0.55)
+    assert [learning_rate(config, s) for s in (110, 500)] == pytest.approx([0.1, 0.1])
+
+
+def test_decay_follows_an_overridden_num_steps(parse, config):
+    """The original kept the decay_steps of the file's num_steps."""
+    got = parse(config.path, "--num_steps", "50", "--learning_rate", "1.0")
+    assert learning_rate(got, 50) == pytest.approx(0.1)
+    assert learning_rate(got, 26) == pytest.approx(0.55)
+    longer = parse(config.path, "--num_steps", "50", "--decay_steps", "96", "--learning_rate", "1")
+    assert learning_rate(longer, 50) == pytest.approx(0.55)
+
+
+def test_warm_up_may_outlast_the_run():
+    config = Configuration(learning_rate=1.0, warmup_steps=1000, num_steps=3)
+    assert learning_rate(config, 3) == pytest.approx(0.003)
+
+
+@pytest.mark.parametrize(("size", "count"), [("20GB", 20e9), ("1.5TB", 1.5e12), ("2GiB", 2**31)])
+def test_sizes(size, count):
+    assert parse_bytes(size) == count

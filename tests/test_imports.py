@@ -1,0 +1,63 @@
+"""Who may know whom (docs/design.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {path.stem for path in ROOT.glob("*.py")} | {"engines", "data"}
+MAY_KNOW = {
+    "errors": set(),
+    "model": set(),
+    "configuration": {"model", "errors"},
+    "dataset": {"errors"},
+    "checkpoint": {"errors"},
+    "plan": {"configuration", "model", "errors"},
+    "metrics": {"engines"},
+    "engines/__init__": {"configuration", "errors", "engines"},
+    "engines/optimizer": {"configuration"},
+    "engines/resident": {"configuration", "model", "engines"},
+}
+PLANNERS = {"plan", "train", "eval"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("module", MAY_KNOW)
+def test_modules_know_no_more_than_they_may(module):
+    known = {name.split(".")[0] for name in imports(ROOT / f"{module}.py")} & OURS
+    assert known <= MAY_KNOW[module]
+
+
+def test_model_knows_torch_alone():
+    assert {n.split(".")[0] for n in imports(ROOT / "model.py")} == {
+        *("torch", "math", "hashlib", "dataclasses", "typing")
+    }
+
+
+def test_engines_do_not_know_each_other():
+    for path in (ROOT / "engines").glob("*.py"):
+        if path.stem != "__init__":
+            engines = {n for n in imports(path) if n.startswith("engines.")}
+            assert engines <= {"engines.optimizer"}, path
+
+
+def test_only_these_plan():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("engines/*.py")]:
+        if "plan" in imports(path):
+            assert path.stem in PLANNERS, path
+
+
+def test_distributed_stays_in_the_sharded_engine():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("engines/*.py")]:
+        if path.stem != "sharded":
+            assert "torch.distributed" not in path.read_text(), path

@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT, IGNORE, GPTConfig, count_parameters
+
+
+def small(**changes) -> GPT:
+    config = GPTConfig(
+        **{"width": 32, "depth": 2, "heads": 2, "vocab_size": 27, "max_position_embeddings": 64}
+        | changes
+    )
+    model = GPT(config)
+    for unit in model.units():
+        model.init_unit(unit, seed=0)
+    return model
+
+
+def tokens(rows: int, length: int, vocab_size: int = 27) -> torch.Tensor:
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameter_count(bias):
+    config = GPTConfig(width=96, depth=5, heads=3, vocab_size=1001, bias=bias)
+    matrices = (1001 + 2048) * 96 + 5 * 12 * 96**2
+    vectors = 5 * (2 + 2 + 3 + 1 + 4 + 1) * 96 + 2 * 96 if bias else (5 * 2 + 1) * 96
+    assert count_parameters(config) == matrices + vectors
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"width": 30, "heads": 4}, "heads: 4 does not divide width 30"),
+        ({"depth": 0}, "depth: 0 is not a positive number"),
+        ({"dropout": 1.0}, "dropout: 1.0 is not in"),
+    ],
+)
+def test_impossible_shapes(shape, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**shape)
+
+
+def test_units_own_every_parameter_once():
+    model = small()
+    owned = [p for unit in model.units().values() for p in unit.parameters()]
+    assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+
+
+def test_initial_weights():
+    model = small(width=256, heads=4, depth=8, init_std=0.03)
+    block = model.decoder[3]
+    assert block.attn.qkv.weight.std().item() == pytest.approx(0.03, rel=0.02)
+    for residual in (block.attn.proj, block.mlp.proj):
+        assert residual.weight.std().item() == pytest.approx(0.03 / math.sqrt(16), rel=0.02)
+    assert not block.mlp.fc.bias.any()
+    assert (block.ln_1.weight == 1).all()
+    assert not torch.equal(block.attn.qkv.weight, model.decoder[4].attn.qkv.weight)
+
+
+def test_initial_weights_are_a_function_of_seed_and_unit():
+    models = [GPT(GPTConfig(width=32, depth=2, heads=2, vocab_size=27)) for _ in range(2)]
+    torch.manual_seed(123)  # must not matter, nor must the order
+    for unit in models[0].units():
+        models[0].init_unit(unit, seed=5)
+    for unit in reversed(models[1].units()):
+        models[1].init_unit(unit, seed=5)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(a, b)
+    models[1].init_unit("decoder.1", seed=6)
+    assert not torch.equal(*(m.decoder[1].mlp.fc.weight for m in models))
+
+
+def test_causal():
+    model, ids = small().eval(), tokens(1, 16)
+    changed = ids.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 27
+    a, b = model(ids), model(changed)
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert not torch.allclose(a[:, 9:], b[:, 9:])
+
+
+def test_nothing_as_large_as_a_mask_per_head_is_made():
+    """The original built the causal mask as batch × heads × length × length."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    model = small(max_position_embeddings=512)
+    ids = tokens(2, 512)
+    with Watch():
+        model(ids, ids).backward()
+    assert 0 < largest < 512 * 512
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+def test_loss_in_chunks(rows, monkeypatch):
+    ids, targets = tokens(3, 64), tokens(3, 64).roll(1, 0)
+    targets[1, 5:9] = IGNORE
+    plain, chunked = small(), small()
+    expected = F.cross_entropy(
+        plain(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    (expected / 100).backward()
+    monkeypatch.setattr(GPT, "loss_rows", rows)
+    loss = chunked(ids, targets)
+    (loss / 100).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, a), b in zip(plain.named_parameters(), chunked.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        assert chunked(ids, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_dropout_masks_are_a_function_of_the_seed():
+    model, ids = small(dropout=0.3), tokens(2, 32)
+    first = model(ids, ids, dropout_seed=1)
+    torch.rand(5)  # the global generator's state must not matter
+    assert model(ids, ids, dropout_seed=1) == first
+    assert model(ids, ids, dropout_seed=2) != first
+    model.eval()
+    assert model(ids, ids, dropout_seed=1) == model(ids, ids, dropout_seed=2)
+
+
+def test_layers_one_by_one_equal_the_whole():
+    """How a streaming engine runs the model."""
+    model, ids = small(dropout=0.3), tokens(2, 32)
+    model.seed_dropout(7, 0)
+    x = model.embed(ids)
+    for i, block in enumerate(model.decoder):
+        model.seed_dropout(7, i + 1)
+        x = block(x)
+    assert model.loss(x, ids) == model(ids, ids, dropout_seed=7)

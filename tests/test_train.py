@@ -1,0 +1,463 @@
+"""Training through the command and, where a step must be disturbed, through the engine."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT, VOCABULARY, records
+from safetensors.torch import load_file
+
+from checkpoint import Checkpoint
+from configuration import Configuration
+from dataset import EvalBatches, TrainBatches
+from engines import open_engine
+from engines.optimizer import learning_rate
+from model import GPT
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in checkpoint.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def engine_config(**changes) -> Configuration:
+    shape = {"width": 32, "depth": 2, "heads": 2, "vocab_size": VOCABULARY}
+    run = {"sequence_length": 32, "batch_size": 4, "micro_batch_size": 4, "num_steps": 20}
+    auto = {"backend": "CPU", "engine": "resident", "precision": "fp32"}
+    rates = {"learning_rate": 1e-2, "warmup_steps": 3, "max_gradient_norm": 0.1}
+    run["max_position_embeddings"] = 32
+    return Configuration(**shape | run | auto | rates | changes)
+
+
+def quiet(fraction: float) -> None:
+    assert 0 < fraction <= 1
+
+
+def train(config: Configuration, dataset: Path, steps: int = 20):
+    """(stats of every step, engine)"""
+    engine = open_engine(config)
+    engine.initialize()
+    batches = batches_of(config, dataset)
+    return list(engine.run(batches, 0, steps, quiet)), engine
+
+
+def batches_of(config: Configuration, dataset: Path):
+    data = (dataset, config.vocab_size, config.sequence_length, config.batch_size, config.seed)
+    return lambda rank, world: TrainBatches(*data, rank, world)
+
+
+def close(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance * abs(b)
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 3])
+def test_equals_a_plain_loop(dataset, micro_batch_size):
+    """20 steps, clipping active in each, against the plainest PyTorch there is."""
+    config = engine_config(micro_batch_size=micro_batch_size, dropout=0.0)
+    stats, engine = train(config, dataset)
+
+    model = GPT(config)
+    for unit in model.units():
+        model.init_unit(unit, config.seed)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    batches = TrainBatches(dataset, VOCABULARY, 32, 4, config.seed)
+    for step, got in enumerate(stats):
+        ids, targets = (torch.from_numpy(part.copy()) for part in batches[step])
+        loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step + 1)
+        optimizer.step()
+        assert norm > 0.1
+        assert close(got.loss, loss.item(), 1e-6), step
+        # another split of the batch rounds differently, and Adam passes that on
+        assert close(got.grad_norm, norm.item(), 1e-6 if micro_batch_size == 4 else 1e-5), step
+    assert stats[-1].loss < stats[0].loss - 0.3
+    assert engine.updates == 20
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 2e-2)])
+def test_many_micro_batches_equal_one(dataset, precision, tolerance):
+    """The sum of 256 gradients loses nothing, in bf16 neither."""
+    grads = []
+    for micro_batch_size in (256, 1):
+        config = engine_config(
+            batch_size=256, micro_batch_size=micro_batch_size, precision=precision
+        )
+        engine = open_engine(config)
+        engine.initialize()
+        ids, targets = batches_of(config, dataset)(0, 1)[0]
+        loss = engine._accumulate(ids, targets, 0, quiet)
+        grads.append(torch.cat([p.grad.flatten() for p in engine.model.parameters()]))
+        assert grads[-1].dtype == torch.float32
+    assert (grads[1] - grads[0]).norm() <= tolerance * grads[0].norm()
+    assert loss == pytest.approx(256 * 32 * np.log(VOCABULARY), rel=0.05)
+
+
+def test_bf16_follows_fp32(dataset):
+    exact, rounded = (train(engine_config(precision=p), dataset)[0] for p in ("fp32", "bf16"))
+    for a, b in zip(exact, rounded, strict=True):
+        assert close(b.loss, a.loss, 0.02)
+    assert rounded[-1].loss != exact[-1].loss
+
+
+def test_clips_in_every_step(dataset):
+    """The original clipped in the first step alone: with a tiny norm Adam's steps must not change,
+    but its second moments stay as tiny as the clipped gradients."""
+    _, engine = train(engine_config(max_gradient_norm=1e-3), dataset)
+    total = sum(state["exp_avg_sq"].sum() for state in engine.optimizer.state.values())
+    assert 0 < total <= 1.001e-6
+
+
+def test_seed_seeds_the_weights_and_the_data(dataset):
+    first = [train(engine_config(seed=seed), dataset, 1)[0][0].loss for seed in (0, 0, 1)]
+    assert first[0] == first[1] != first[2]
+
+
+def test_decay_is_for_matrices_only(dataset):
+    _, engine = train(engine_config(weight_decay=0.5), dataset, 1)
+    decaying, others = engine.optimizer.param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
+    assert all(p.dim() == 2 for p in decaying["params"])
+    assert all(p.dim() == 1 for p in others["params"])
+
+
+def test_a_step_that_is_not_finite_changes_nothing(dataset):
+    config = engine_config()
+    engine = open_engine(config)
+    engine.initialize()
+    batches = batches_of(config, dataset)
+    list(engine.run(batches, 0, 3, quiet))
+    before = {k: t.clone() for _, group in engine.state() for k, t in group.items()}
+    spoiler = engine.model.decoder[1].mlp.fc.weight.register_hook(lambda grad: grad * float("nan"))
+    (bad,) = engine.run(batches, 3, 4, quiet)
+    spoiler.remove()
+    assert not bad.finite
+    assert (bad.step, engine.updates) == (4, 3)
+    for _, group in engine.state():
+        for name, tensor in group.items():
+            assert torch.equal(tensor, before[name]), name
+    (good,) = engine.run(batches, 4, 5, quiet)
+    assert good.finite
+    assert engine.updates == 4
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(run, config):
+    seen = run("train", config.path, "--learning_rate", "1e38", "--num_steps", "40")
+    assert seen.status == 1
+    assert "10 steps in a row had a loss or gradient that is not finite" in seen.err
+    lost = [r for r in records(config.out) if r["loss"] is None or r["grad_norm"] is None]
+    assert len(lost) == 10
+    assert seen.out.count("not finite: this step changed nothing") == 10
+
+
+def test_evaluation_counts_every_token_with_dropout_off(dataset):
+    config = engine_config(dropout=0.5, micro_batch_size=3)
+    _, engine = train(config, dataset, 2)
+    batches = lambda rank, world: EvalBatches(dataset, VOCABULARY, 32, 4, None, rank, world)  # noqa: E731
+    loss, count = engine.evaluate(batches)
+    assert (loss, count) == engine.evaluate(batches)
+    meta = json.loads((dataset / "meta.json").read_text())
+    assert count == meta["tokens"]["val"] - 1
+    model, ids = engine.master.eval(), torch.from_numpy(np.fromfile(dataset / "val.bin", np.uint16))
+    expected = 0.0
+    for begin in range(0, len(ids) - 1, 32):
+        window = ids[begin : begin + 33].long()[None]
+        logits = model(window[:, :-1]).double().squeeze(0)
+        expected += F.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_leaves_what_it_should(run, config):
+    seen = run("train", config.path)
+    assert seen.status == 0, seen.err
+    assert sorted(path.name for path in config.out.iterdir()) == [
+        *("checkpoint_3.mdl", "checkpoint_6.mdl", "config.yaml"),
+        *("loss.png", "metrics.jsonl", "tensorboard"),
+    ]
+    steps = records(config.out)
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert set(steps[0]) == {
+        *("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
+    }
+    assert [set(r) for r in records(config.out, "val_loss")] == [{"step", "val_loss"}]
+    assert (config.out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    lines = [line for line in seen.out.splitlines() if line.startswith("step 3/6 | loss ")]
+    (line,) = lines
+    for word in ("lr", "norm", "tokens/s", "MFU", "GB", "left"):
+        assert word in line
+
+
+def test_tensorboard_events(run, config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("train", config.path)
+    events = EventAccumulator(str(config.out / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    got = [e.value for e in events.Scalars("loss")]
+    assert got == pytest.approx([r["loss"] for r in records(config.out)], rel=1e-6)
+    assert len(events.Scalars("val_loss")) == 1
+
+
+def test_resume_is_exact(run, config, tmp_path):
+    """Bit for bit: weights, moments and losses, with dropout, across an epoch, in micro-batches."""
+    flags = [
+        "--num_steps",
+        20,
+        "--dropout",
+        0.2,
+        "--micro_batch_size",
+        16,
+        "--checkpoint_steps",
+        10,
+    ]
+    flags += ["--batch_size", 40, "--decay_steps", 30]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run("train", config.path, *flags, "--out_dir", whole).status == 0
+    first = [*flags, "--out_dir", halves, "--checkpoint_path", "latest"]
+    seen = run("train", config.path, *first, "--num_steps", 10)
+    assert f"no checkpoint in {halves}: starting fresh" in seen.out
+    seen = run("train", config.path, *first)
+    assert f"resumed from {halves}/checkpoint_10.mdl at step 10" in seen.out
+    a, b = weights(whole / "checkpoint_20.mdl"), weights(halves / "checkpoint_20.mdl")
+    assert len(a) == 3 * len(list(GPT(Configuration(**config.values)).parameters()))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [r[key] for r in records(whole)] == [r[key] for r in records(halves)]
+    windows = TrainBatches(config.values["dataset"], VOCABULARY, 32, 40, 0).windows
+    assert 10 * 40 < windows < 20 * 40
+
+
+def test_resume_drops_the_records_beyond_its_checkpoint(run, config):
+    run("train", config.path, "--num_steps", 6)
+    before = (config.out / "metrics.jsonl").read_text()
+    for file in (config.out / "checkpoint_6.mdl").iterdir():
+        file.unlink()
+    (config.out / "checkpoint_6.mdl").rmdir()
+    with open(config.out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')  # as a killed run leaves it
+    assert run("train", config.path, "--checkpoint_path", "latest").status == 0
+    stripped = [
+        [{k: r.get(k) for k in ("step", "loss", "val_loss")} for r in map(json.loads, lines)]
+        for lines in (before.splitlines(), (config.out / "metrics.jsonl").read_text().splitlines())
+    ]
+    assert stripped[0] == stripped[1]
+
+
+def test_what_auto_chose_is_kept_on_resume(run, config):
+    run("train", config.path, "--num_steps", 3, "--precision", "bf16", "--micro_batch_size", 2)
+    assert Checkpoint(config.out / "checkpoint_3.mdl").config["precision"] == "bf16"
+    seen = run("train", config.path, "--checkpoint_path", "latest")
+    assert "bf16" in seen.out
+    assert "2 micro-batches of 2 × 32" in seen.out
+    flags = ["--checkpoint_path", "latest", "--num_steps", 9, "--precision", "fp32"]
+    seen = run("train", config.path, *flags)
+    assert "note: precision is fp32; it was bf16" in seen.out
+
+
+def test_resolved_configuration_is_a_configuration_again(run, config, tmp_path):
+    run("train", config.path, "--num_steps", 3)
+    resolved = yaml.safe_load((config.out / "config.yaml").read_text())
+    assert (resolved["precision"], resolved["engine"]) == ("fp32", "resident")
+    again = tmp_path / "again"
+    assert run("train", config.out / "config.yaml", "--out_dir", again).status == 0
+    assert [r["loss"] for r in records(again)] == [r["loss"] for r in records(config.out)]
+
+
+def test_keeps_the_newest_checkpoints(run, config):
+    run("train", config.path, "--checkpoint_steps", 1, "--keep", 2)
+    assert sorted(p.name for p in config.out.glob("*.mdl")) == [
+        "checkpoint_5.mdl",
+        "checkpoint_6.mdl",
+    ]
+
+
+def test_an_unfinished_checkpoint_is_not_picked_up(run, config):
+    run("train", config.path, "--num_steps", 3)
+    for name in ("checkpoint_9.mdl.writing", "checkpoint_8.mdl.deleting", "checkpoint_7.mdl"):
+        (config.out / name).mkdir()
+    seen = run("train", config.path, "--checkpoint_path", "latest")
+    assert "resumed from" in seen.out and "checkpoint_3.mdl" in seen.out
+    assert not list(config.out.glob("*.writing")) + list(config.out.glob("*.deleting"))
+
+
+def refused(seen, message: str) -> None:
+    """One line that says so, a status that is not 0, no traceback."""
+    assert seen.status == 1
+    assert seen.err.startswith("error: ")
+    assert len(seen.err.splitlines()) == 1
+    assert message in seen.err
+
+
+def test_out_dir_of_another_run(run, config):
+    run("train", config.path, "--num_steps", 3)
+    refused(
+        run("train", config.path), "already holds checkpoint_3.mdl; add --checkpoint_path latest"
+    )
+    refused(
+        run("train", config.path, "--width", 64, "--checkpoint_path", "latest"),
+        "is of another model: its width is 32, this configuration's 64",
+    )
+    assert (config.out / "checkpoint_3.mdl").is_dir()
+
+
+def test_going_back_does_not_mix_with_later_checkpoints(run, config):
+    run("train", config.path)
+    back = config.out / "checkpoint_3.mdl"
+    refused(run("train", config.path, "--checkpoint_path", back), "already holds checkpoint_6.mdl")
+    fork = run("train", config.path, "--checkpoint_path", back, "--out_dir", config.out / "fork")
+    assert fork.status == 0
+    a, b = (weights(out / "checkpoint_6.mdl") for out in (config.out, config.out / "fork"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_num_steps_already_reached(run, config):
+    run("train", config.path, "--num_steps", 3)
+    seen = run("train", config.path, "--num_steps", 3, "--checkpoint_path", "latest")
+    refused(seen, "is at step 3 and num_steps is 3: nothing is left to train; raise --num_steps")
+
+
+def test_changed_data_order_is_said(run, config):
+    run("train", config.path, "--num_steps", 3)
+    seen = run("train", config.path, "--checkpoint_path", "latest", "--batch_size", 8)
+    assert "note: batch_size is 8; it was 4 when" in seen.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backend", "CSX"], "backend: CSX is not there yet"),
+        (["--num_systems", "2"], "num_systems: 2 is not there yet"),
+        (["--engine", "streaming"], "engine: streaming is not there yet"),
+        (["--memory_limit", "0.1MB"], "this model does not fit"),
+        (["--vocab_size", "20"], "27 token ids, the model's vocab_size is 20"),
+        (["--dataset", "data/nowhere"], "run: python data/prepare.py --name nowhere FILES"),
+        (["--dataset", "data/openwebtext"], "run: python data/openwebtext/prepare.py"),
+        (["--checkpoint_path", "nowhere.mdl"], "nowhere.mdl: there is no such checkpoint"),
+        (["--checkpoint_path", "tests"], "tests is not a checkpoint of gigaGPT"),
+        (["--init_from", "tests"], "init_from: tests"),
+    ],
+)
+def test_refusals(run, config, flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    refused(run("train", config.path, *flags), message)
+    assert not config.out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(run, config):
+    refused(run("train", config.path, "--backend", "GPU"), "GPU was asked for and there is none")
+
+
+@pytest.mark.parametrize("name", ["13b", "70b", "175b"])
+def test_models_beyond_memory_are_refused_in_one_line(run, name):
+    seen = run("train", ROOT / f"configs/{name}.yaml", "--memory_limit", "24GB")
+    refused(seen, "this model does not fit")
+
+
+def test_data_of_another_tokenizer(run, config, tmp_path):
+    from conftest import write_dataset
+
+    run("train", config.path, "--num_steps", 3)
+    other = write_dataset(tmp_path / "other", "ABC" * 300, "ABC" * 10)
+    flags = ["--checkpoint_path", "latest", "--dataset", other, "--vocab_size", 27]
+    meta = json.loads((other / "meta.json").read_text()) | {"vocab_size": 27}
+    (other / "meta.json").write_text(json.dumps(meta))
+    refused(run("train", config.path, *flags), "was made with another tokenizer (char) than")
+
+
+def start(*arguments: object, **options) -> subprocess.Popen:
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_exits(run, config, number):
+    process = start(config.path, "--num_steps", 100000, "--checkpoint_steps", 100000)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    (saved,) = config.out.glob("checkpoint_*.mdl")
+    assert f"stopped by a signal at step {Checkpoint(saved).step}" in out
+    assert records(config.out)[-1]["step"] == Checkpoint(saved).step
+    seen = run(
+        *("train", config.path, "--checkpoint_path", "latest"),
+        *("--num_steps", Checkpoint(saved).step + 2),
+    )
+    assert seen.status == 0
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(run, config):
+    flags = ["--num_steps", 1000, "--checkpoint_steps", 10, "--decay_steps", 50]
+    process = start(config.path, *flags)
+    for line in process.stdout:
+        if line.startswith("saved"):
+            break
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    killed = {r["step"]: r["loss"] for r in records(config.out)}
+    latest = max(Checkpoint(p).step for p in config.out.glob("checkpoint_*.mdl"))
+    flags[1] = latest + 10
+    assert run("train", config.path, *flags, "--checkpoint_path", "latest").status == 0
+    again = {r["step"]: r["loss"] for r in records(config.out)}
+    assert list(again) == list(range(1, latest + 11))
+    assert all(again[step] == loss for step, loss in killed.items() if step in again)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(run, config):
+    run("train", config.path, "--num_steps", 3)
+    limit = 20_000  # bytes in a file, less than the weights of a block
+
+    def small_files() -> None:
+        with suppress(AttributeError):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(config.path, "--checkpoint_path", "latest", preexec_fn=small_files)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert "checkpoint_6.mdl.writing could not be written" in err
+    assert [p.name for p in config.out.glob("checkpoint_*")] == ["checkpoint_3.mdl"]
+    assert run("train", config.path, "--checkpoint_path", "latest").status == 0
+
+
+def test_help_lists_the_keys():
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, text=True, capture_output=True,
+        env=os.environ | {"COLUMNS": "100"},
+    )  # fmt: skip
+    assert done.returncode == 0
+    for key in ("--width", "--micro_batch_size", "--checkpoint_path", "what memory allows"):
+        assert key in done.stdout
