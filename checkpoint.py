@@ -6,12 +6,14 @@ is written under another name and renamed when it is whole, and renamed before i
 this name is always whole. Nothing that is read can run code.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,14 +33,31 @@ def checkpoint_path(out_dir: Path, step: int) -> Path:
     return out_dir / f"checkpoint_{step}.mdl"
 
 
-def find_checkpoints(out_dir: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
+def find_checkpoints(out_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by step, oldest first."""
     found = {}
     for path in out_dir.glob("checkpoint_*.mdl"):
         match = re.fullmatch(r"checkpoint_(\d+)\.mdl", path.name)
         if match and (path / MANIFEST).is_file():
             found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def lock(out_dir: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder; the system lets go of it when the process ends."""
+    with open(out_dir / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{out_dir} is in use by process {file.read()}; take another --out_dir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def remove_unfinished(out_dir: Path) -> None:
@@ -49,30 +68,32 @@ def remove_unfinished(out_dir: Path) -> None:
 
 
 def save(
-    path: Path,
+    out_dir: Path,
     state: Iterable[tuple[str, dict[str, Tensor]]],
-    step: int,
-    updates: int,
+    progress: dict,
     config: dict,
-    tokenizer: Path | None,
-) -> None:
-    """Writes a checkpoint, or nothing: an error leaves no folder of that name.
+    keep: int | None,
+) -> Path:
+    """Writes a checkpoint and deletes all but the newest `keep`.
 
-    state: (name of a file, its tensors by name), each held only while it is written.
-    tokenizer: the file to carry along. A checkpoint that is already there is left as it is.
-    Raises UserError or OSError when it can't be written.
+    progress: step, updates (steps that changed the weights) and train_tokens (in the dataset).
+    state: (name of a file, its tensors by name), each held only while it is written. The tokenizer
+    of config["dataset"] is carried along. A checkpoint that is already there is left as it is.
+    Raises UserError or OSError when it can't be written; then no folder has its name.
     """
+    path = checkpoint_path(out_dir, progress["step"])
+    if (path / MANIFEST).is_file():
+        return path
     if path.exists():
-        return
+        _delete(path)  # not ours, or not whole: only whole ones are given the name
     writing = path.with_name(path.name + UNFINISHED[0])
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    manifest = {"format": FORMAT, "step": step, "updates": updates, "config": config}
     files, tensors = {}, {}
     try:
         for group, members in state:
             name = f"{group}.safetensors"
-            _write_tensors(members, writing / name)
+            save_file({k: tensor.contiguous() for k, tensor in members.items()}, writing / name)
             files[name] = _describe(writing / name)
             for key, tensor in members.items():
                 tensors[key] = {
@@ -80,29 +101,27 @@ def save(
                     "shape": list(tensor.shape),
                     "parts": [{"file": name, "rows": [0, tensor.shape[0]]}],
                 }
-        if tokenizer is not None:
+        tokenizer = Path(config["dataset"]) / TOKENIZER
+        if tokenizer.is_file():
             shutil.copyfile(tokenizer, writing / TOKENIZER)
             files[TOKENIZER] = _describe(writing / TOKENIZER)
+        manifest = {"format": FORMAT, **progress, "config": config}
         manifest |= {"files": files, "tensors": tensors}
         (writing / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for name in [*files, MANIFEST]:
             _sync(writing / name)
         _sync(writing)
         writing.rename(path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise
-
-
-def _write_tensors(members: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in members.items()}, path)
-    except SafetensorError as error:
+        _sync(out_dir)
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path.parent} could not be written ({error}); free some space: the checkpoints "
-            "before it are whole, and --checkpoint_path latest goes on from the newest"
+            f"{path} could not be written ({error}); free some space: the checkpoints before it "
+            f"are whole, and --checkpoint_path latest goes on from the newest"
         ) from None
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)  # not there any more when all went well
+    prune(out_dir, keep)
+    return path
 
 
 def _describe(path: Path) -> dict:
@@ -121,10 +140,14 @@ def _sync(path: Path) -> None:
 
 def prune(out_dir: Path, keep: int | None) -> None:
     """Deletes all but the newest `keep` checkpoints."""
-    for path in find_checkpoints(out_dir)[: -keep if keep else 0]:
-        deleting = path.with_name(path.name + UNFINISHED[1])
-        path.rename(deleting)
-        shutil.rmtree(deleting)
+    for path in list(find_checkpoints(out_dir).values())[: -keep if keep else 0]:
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    deleting = path.with_name(path.name + UNFINISHED[1])
+    path.rename(deleting)
+    shutil.rmtree(deleting)
 
 
 class Checkpoint:
@@ -144,20 +167,21 @@ class Checkpoint:
             if manifest["format"] != FORMAT:
                 raise UserError(f"{self.path} has format {manifest['format']}, not {FORMAT}")
             self.step, self.updates = int(manifest["step"]), int(manifest["updates"])
+            self.train_tokens = int(manifest["train_tokens"])
             self.config, self.files = dict(manifest["config"]), dict(manifest["files"])
             self.tensors = dict(manifest["tensors"])
             for name, entry in self.files.items():
                 self._check_size(name, entry["bytes"])
             for name, entry in self.tensors.items():
                 self._check_cover(name, entry)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise self._damaged(f"{MANIFEST} can't be understood") from None
         self._verified: set[str] = set()
 
     def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.path} is damaged: {what}; take an earlier checkpoint")
+        return UserError(f"{self.path} is damaged: {what}; delete it to go on from the one before")
 
     def _check_size(self, name: str, size: int) -> None:
         if Path(name).name != name:
@@ -206,16 +230,3 @@ class Checkpoint:
     def tokenizer(self) -> Path | None:
         """The file of its tokenizer, unless the model was trained without one."""
         return self.path / TOKENIZER if TOKENIZER in self.files else None
-
-
-def find_checkpoint(named: str | None, out_dir: Path, say: Callable[[str], None]):
-    """The checkpoint that --checkpoint_path names, or None where there is none to start from."""
-    if named is None:
-        return None
-    if named != "latest":
-        return Checkpoint(named)
-    found = find_checkpoints(out_dir)
-    if not found:
-        say(f"no checkpoint in {out_dir}: starting fresh")
-        return None
-    return Checkpoint(found[-1])

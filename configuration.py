@@ -79,13 +79,13 @@ class Configuration(GPTConfig):
         for key in ("warmup_steps", "weight_decay", "seed"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is negative")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: {self.seed} is not below 2**32")
         if self.sequence_length > self.max_position_embeddings:
             raise ValueError(
                 f"sequence_length: {self.sequence_length} is above max_position_embeddings "
                 f"{self.max_position_embeddings}; lower the one or raise the other"
             )
-        if self.memory_limit is not None:
-            parse_bytes(self.memory_limit)
 
 
 _POSITIVE = (
@@ -94,7 +94,6 @@ _POSITIVE = (
     *("max_gradient_norm", "num_systems"),
 )
 MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
-_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def parse_configuration(description: str, *switches: str) -> tuple[Configuration, set[str]]:
@@ -152,8 +151,8 @@ def write_configuration(config: Configuration, path: Path) -> None:
 def model_config(keys: dict) -> GPTConfig:
     """The shape of the model in a checkpoint's configuration."""
     try:
-        return GPTConfig(**{key: keys[key] for key in MODEL_KEYS})
-    except (KeyError, TypeError, ValueError) as error:
+        return GPTConfig(**{key: keys[key] for key in MODEL_KEYS if key in keys})
+    except (TypeError, ValueError) as error:
         raise UserError(f"the checkpoint's configuration is not one of a model: {error}") from None
 
 
@@ -163,17 +162,6 @@ def with_model(config: Configuration, model: GPTConfig) -> Configuration:
         return replace(config, **{key: getattr(model, key) for key in MODEL_KEYS})
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def parse_bytes(text: str) -> int:
-    """'20GB' -> 20_000_000_000."""
-    for unit, size in _UNITS.items():
-        if text.endswith(unit):
-            try:
-                return int(float(text[: -len(unit)]) * size)
-            except ValueError:
-                break
-    raise ValueError(f"memory_limit: {text} is not a size such as 20GB or 16GiB")
 
 
 def _check_keys(keys: list[str], prefix: str, *more: str) -> None:

@@ -8,6 +8,7 @@ global batch, so that its content does not depend on how many there are.
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +19,34 @@ IGNORE = -100  # a target that is not counted
 
 
 class Tokens:
-    """The ids of one split of a dataset.
+    """The ids of one split of a dataset; `meta` is what its meta.json holds.
 
     Raises UserError where the folder is not a prepared dataset, a file of it does not hold what
     meta.json says, or its ids do not fit in `vocab_size`.
     """
 
     def __init__(self, folder: str, split: str, vocab_size: int):
-        self.meta = read_meta(folder)
-        self.path = Path(folder) / f"{split}.bin"
-        self.vocab_size = vocab_size
+        self.path, self.vocab_size = Path(folder) / f"{split}.bin", vocab_size
+        script = Path(folder) / "prepare.py"
+        own = f"data/prepare.py --name {Path(folder).name} FILES..."
+        cure = f"run: python {script if script.is_file() else own}"
         try:
+            self.meta = json.loads(Path(folder, "meta.json").read_text(encoding="utf-8"))
             self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-            self.count = int(self.meta["tokens"][split])
-            ids = int(self.meta["vocab_size"])
+            self.count, ids = int(self.meta["tokens"][split]), int(self.meta["vocab_size"])
+            self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            size = os.fstat(self.file.fileno()).st_size
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} is missing: prepare the dataset; {cure}") from None
         except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}/meta.json is damaged ({error}); {cure}") from None
+        if size != self.count * self.dtype.itemsize:
             raise UserError(
-                f"{folder}/meta.json is damaged ({error}); {_prepare(folder)}"
-            ) from None
-        if not self.path.is_file():
-            raise UserError(f"{self.path} is missing; {_prepare(folder)}")
-        if self.path.stat().st_size != self.count * self.dtype.itemsize:
-            raise UserError(
-                f"{self.path} has {self.path.stat().st_size:,} bytes where meta.json says "
-                f"{self.count:,} tokens of {self.dtype.itemsize}; {_prepare(folder)}"
+                f"{self.path} has {size:,} bytes where meta.json says {self.count:,} tokens of "
+                f"{self.dtype.itemsize}; {cure}"
             )
+        if self.count < 2:
+            raise UserError(f"{self.path} has no token to predict; {cure}")
         if ids > vocab_size:
             raise UserError(
                 f"{folder} has {ids:,} token ids, the model's vocab_size is {vocab_size:,}; "
@@ -52,14 +56,13 @@ class Tokens:
     def read(self, begin: int, count: int) -> np.ndarray:
         """Ids begin to begin + count, int64."""
         size = self.dtype.itemsize
-        with open(self.path, "rb", buffering=0) as file:
-            ids = np.frombuffer(os.pread(file.fileno(), count * size, begin * size), self.dtype)
+        ids = np.frombuffer(os.pread(self.file.fileno(), count * size, begin * size), self.dtype)
         if len(ids) < count:
-            raise UserError(f"{self.path} ends early: it was changed while it was read")
+            raise UserError(f"{self.path} ends early: it was cut; prepare the dataset again")
         if ids.max() >= self.vocab_size:
             raise UserError(
                 f"{self.path} holds token id {ids.max()} near position {begin:,}, above the "
-                f"model's vocab_size {self.vocab_size:,}"
+                f"model's vocab_size {self.vocab_size:,}; prepare the dataset again"
             )
         return ids.astype(np.int64)
 
@@ -91,7 +94,7 @@ class TrainBatches:
             )
         self.windows = max(1, whole - 1)  # one less leaves room to shift them
         self.room = self.tokens.count - 1 - self.windows * sequence_length
-        self._epochs: dict[int, tuple[int, np.ndarray]] = {}
+        self.epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = step * self.batch_size + np.arange(self.batch_size)
@@ -101,13 +104,13 @@ class TrainBatches:
 
     def _begin(self, number: int) -> int:
         epoch, place = divmod(int(number), self.windows)
-        if epoch not in self._epochs:
-            # RandomState's numbers are frozen for good: the order survives upgrades of numpy
-            random = np.random.RandomState([self.seed, epoch])
-            order = (random.randint(self.room + 1), random.permutation(self.windows))
-            self._epochs = {epoch - 1: self._epochs.get(epoch - 1), epoch: order}
-        shift, order = self._epochs[epoch]
+        shift, order = self.epoch(epoch)
         return shift + int(order[place]) * self.length
+
+    def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        # RandomState's numbers are frozen for good: the order survives upgrades of numpy
+        random = np.random.RandomState([self.seed, epoch])
+        return random.randint(self.room + 1), random.permutation(self.windows)
 
 
 class EvalBatches:
@@ -128,8 +131,6 @@ class EvalBatches:
         world: int = 1,
     ):
         self.tokens = Tokens(folder, "val", vocab_size)
-        if self.tokens.count < 2:
-            raise UserError(f"{self.tokens.path} has no token to predict; {_prepare(folder)}")
         self.length, self.batch_size = sequence_length, batch_size
         self.rank, self.world = rank, world
         self.windows = -(-(self.tokens.count - 1) // sequence_length)
@@ -152,26 +153,3 @@ class EvalBatches:
             ids[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
         return ids, targets
-
-
-def read_meta(folder: str) -> dict:
-    """The content of meta.json, as data/prepare.py wrote it."""
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} is not a prepared dataset: it has no meta.json; {_prepare(folder)}"
-        )
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); {_prepare(folder)}") from None
-    if not isinstance(meta, dict):
-        raise UserError(f"{path} is damaged; {_prepare(folder)}")
-    return meta
-
-
-def _prepare(folder: str) -> str:
-    script = Path(folder) / "prepare.py"
-    if script.is_file():
-        return f"run: python {script}"
-    return f"run: python data/prepare.py --name {Path(folder).name} FILES..."

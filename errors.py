@@ -1,7 +1,11 @@
 """How a command reports errors: what a user can cause in one line, a bug with its traceback."""
 
+import os
+import signal
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -12,13 +16,19 @@ class UserError(ValueError):
 def command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with the status it returns; None is 0.
 
-    UserError and OSError become one line `error: ...` on stderr and status 1, an interrupt from
-    the keyboard status 130. Every other exception is a bug and keeps its traceback.
+    UserError, OSError and a parser's ArgumentError become one line `error: ...` on stderr and
+    status 1, an interrupt from the keyboard status 130. Every other exception is a bug and keeps
+    its traceback.
     """
     try:
         status = main()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ArgumentError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        status = 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which this file does not need
+            raise
+        print(f"error: {_one_line(error)}; lower --micro_batch_size", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -31,3 +41,25 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second one does what it always does."""
+
+    def __init__(self):
+        self.stop = False
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.stop = True
+        self.__exit__()
+        name = signal.Signals(number).name
+        with suppress(OSError):  # print could meet itself here, or a pipe whose reader is gone
+            os.write(2, f"{name}: finishing this step and saving; again to quit\n".encode())
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -2,45 +2,34 @@
 
 import json
 import math
-import sys
 from functools import partial
-from pathlib import Path
-
-from tqdm import tqdm
 
 import plan
-from checkpoint import find_checkpoint
 from configuration import model_config, parse_configuration, with_model
 from dataset import EvalBatches
 from engines import open_engine
 from errors import UserError, command
-from train import check_tokenizer
+from metrics import perplexity, watch
+from resume import check_tokenizer, find_checkpoint
 
 
 def main() -> None:
     config, switches = parse_configuration("Evaluate a checkpoint.", "json")
-    checkpoint = find_checkpoint(config.checkpoint_path, Path(config.out_dir), lambda _: None)
+    checkpoint = find_checkpoint(config)
     if checkpoint is None:
-        raise UserError(
-            "which checkpoint? add --checkpoint_path, such as model_dir/checkpoint_10.mdl"
-        )
+        raise UserError("which checkpoint? add --checkpoint_path model_dir/checkpoint_10.mdl, say")
     config = with_model(config, model_config(checkpoint.config))
-    config = plan.resolve(config, checkpoint.config, training=False)
-    batches = partial(
-        EvalBatches,
-        config.dataset,
-        config.vocab_size,
-        config.sequence_length,
-        config.batch_size,
-        config.eval_batches,
-    )
+    config = plan.resolve(config, {}, training=False)
+    data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
+    batches = partial(EvalBatches, *data, config.eval_batches)
     tokens = batches(0, 1).tokens
-    check_tokenizer(checkpoint, tokens.meta, config.dataset)
+    check_tokenizer(checkpoint, tokens)
     engine = open_engine(config, training=False)
     engine.load(checkpoint.read, None)
-    loss_sum, count = engine.evaluate(batches, partial(tqdm, unit="batch", file=sys.stderr))
+    loss_sum, count = engine.evaluate(batches, watch)
     loss = loss_sum / count
-    result = {"step": checkpoint.step, "loss": loss, "perplexity": math.exp(loss), "tokens": count}
+    result = {"step": checkpoint.step, "loss": loss, "perplexity": perplexity(loss)}
+    result["tokens"] = count
     if size := tokens.meta.get("bytes", {}).get("val"):
         result["bits_per_byte"] = loss * tokens.count / size / math.log(2)
     if "json" in switches:

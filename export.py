@@ -11,7 +11,8 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import auto_cli
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +35,17 @@ BLOCK = {
 ENDS = {"embedding.tokens": "wte", "embedding.positions": "wpe", "norm": "ln_f"}
 
 
+OF_GPT2 = {  # what a GPT-2 has that this model can be
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu", "gelu_new"],
+    "layer_norm_epsilon": [1e-5],
+    "n_inner": [None],
+    "tie_word_embeddings": [True],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+}
+
+
 def hugging_face_name(name: str) -> str:
     """decoder.3.attn.qkv.weight -> transformer.h.3.attn.c_attn.weight"""
     module, kind = name.rsplit(".", 1)
@@ -51,6 +63,7 @@ def hugging_face_config(config: GPTConfig):
     """The GPT2Config of a model."""
     from transformers import GPT2Config
 
+    end_of_text = 50256 if config.vocab_size > 50256 else None  # in GPT-2's vocabulary
     return GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.max_position_embeddings,
@@ -62,6 +75,8 @@ def hugging_face_config(config: GPTConfig):
         embd_pdrop=config.dropout,
         attn_pdrop=config.dropout,
         initializer_range=config.init_std,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
         architectures=["GPT2LMHeadModel"],
     )
 
@@ -85,15 +100,24 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable[[s
     """The run of `config` with the model of its init_from, a folder or hub name of Hugging Face
     GPT-2, and `read(our name)` over its weights."""
     from transformers import AutoConfig, GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
 
     source = config.init_from
     try:
         theirs = AutoConfig.from_pretrained(source)
-        if theirs.model_type != "gpt2" or theirs.activation_function not in ("gelu", "gelu_new"):
-            raise ValueError("it is not a GPT-2 that this model can be")
-        state = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32).state_dict()
-    except (OSError, ValueError) as error:
+        for key, values in OF_GPT2.items():
+            if (value := getattr(theirs, key, None)) not in values:
+                raise ValueError(f"this model can't be it, as its {key} is {value}")
+        disable_progress_bar()
+        theirs_model, report = GPT2LMHeadModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"init_from: {source}: {str(error).splitlines()[0]}") from None
+
+    state = theirs_model.state_dict()
 
     def read(name: str) -> Tensor:
         tensor = state[hugging_face_name(name)]
@@ -113,9 +137,9 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable[[s
 
 
 def load_tokenizer(checkpoint: Checkpoint):
-    """The transformers tokenizer of a checkpoint, or None where it carries none."""
+    """The transformers tokenizer of a checkpoint; raises UserError where it carries none."""
     if checkpoint.tokenizer is None:
-        return None
+        raise UserError(f"{checkpoint.path} has no tokenizer.json: its dataset had none")
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.tokenizer))
@@ -124,24 +148,50 @@ def load_tokenizer(checkpoint: Checkpoint):
     return tokenizer
 
 
-def export(checkpoint: Checkpoint, out: Path) -> None:
-    """Writes configuration, tokenizer and weights into `out`, holding one unit at a time."""
-    if (out / INDEX).exists():
-        raise UserError(f"{out} already holds a model; take another --out")
+def load_model(checkpoint: Checkpoint):
+    """The checkpoint as transformers' GPT2LMHeadModel, on a GPU if there is one."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    config = hugging_face_config(model_config(checkpoint.config))
+    weights = dict(hugging_face_tensors(checkpoint))
+    model = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=weights).eval()
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        model = model.to("cuda", torch.bfloat16 if bf16 else torch.float32)
+    return model
+
+
+def export(checkpoint_path: str, out: Path) -> None:
+    """Write a checkpoint as Hugging Face GPT-2, holding one unit at a time.
+
+    Args:
+        checkpoint_path: a checkpoint
+        out: the folder to write configuration, tokenizer and weights into; new or empty
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; take another --out")
+    checkpoint = Checkpoint(checkpoint_path)
     config = model_config(checkpoint.config)
     hugging_face_config(config).save_pretrained(out)
-    if tokenizer := load_tokenizer(checkpoint):
+    if checkpoint.tokenizer is not None:
+        tokenizer = load_tokenizer(checkpoint)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(out)
     units = groupby(hugging_face_tensors(checkpoint), key=lambda item: unit_of(item[0]))
     weight_map, total = {}, 0
     for unit, members in tqdm(units, total=config.depth + 2, unit="unit", disable=None):
         tensors = dict(members)
-        save_file(tensors, out / f"{unit}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, out / f"{unit}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{out} could not be written ({error}); free some space") from None
         weight_map |= dict.fromkeys(tensors, f"{unit}.safetensors")
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / INDEX).write_text(json.dumps(index, indent=1))
+    print(f"wrote {out}")
 
 
 def unit_of(name: str) -> str:
@@ -153,12 +203,7 @@ def unit_of(name: str) -> str:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint_path", type=str, required=True, help="a checkpoint")
-    parser.add_argument("--out", type=str, required=True, help="the folder to write")
-    arguments = parser.parse_args()
-    export(Checkpoint(arguments.checkpoint_path), Path(arguments.out))
-    print(f"wrote {arguments.out}")
+    auto_cli(export, as_positional=False, allow_abbrev=False, exit_on_error=False)
 
 
 if __name__ == "__main__":

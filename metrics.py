@@ -17,8 +17,23 @@ from engines import StepStats
 
 def say(message: str) -> None:
     """One line on the console, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # Ctrl-C ends `| tee` too; that must not end this run before it saves
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def watch(batches: Iterable) -> Iterable:
+    """Shows an evaluation's progress on stderr: a bar on a terminal, a line a minute in a log."""
+    if sys.stderr.isatty():
+        return tqdm(batches, "evaluating", unit="batch", leave=False, dynamic_ncols=True)
+    form = "{desc}: {percentage:.0f}% | {rate_fmt} | {remaining} left\n"
+    return tqdm(batches, "evaluating", unit="batch", mininterval=60, delay=60, bar_format=form)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 class Metrics:
@@ -34,11 +49,12 @@ class Metrics:
 
         self.out_dir, self.start, self.stop = out_dir, start, stop
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.records = [r for r in read_records(out_dir / "metrics.jsonl") if r["step"] <= start]
-        kept = out_dir / "metrics.jsonl.writing"
-        kept.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        kept.replace(out_dir / "metrics.jsonl")
-        self.file = open(out_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.path = out_dir / "metrics.jsonl"
+        kept = self.path.with_suffix(".jsonl.writing")
+        with open(kept, "w") as file:
+            file.writelines(_line(r) for r in read_records(self.path) if r["step"] <= start)
+        os.replace(kept, self.path)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
         self.events = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1)
         # None: a bar on a terminal alone; a log has its lines
         self.bar = tqdm(total=stop, initial=start, unit="step", disable=None, dynamic_ncols=True)
@@ -86,7 +102,7 @@ class Metrics:
         self._record(step=step, val_loss=val_loss)
         say(
             f"step {step}/{self.stop} | val_loss {val_loss:.4f} "
-            f"| perplexity {math.exp(val_loss):.2f}"
+            f"| perplexity {perplexity(val_loss):.2f}"
         )
         self.draw()
 
@@ -94,16 +110,16 @@ class Metrics:
         for name, value in values.items():
             self.events.add_scalar(name, value, step)
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self.records.append({"step": step, **finite})
-        self.file.write(json.dumps(self.records[-1]) + "\n")
+        self.file.write(_line({"step": step, **finite}))
 
     def draw(self) -> None:
-        """Writes loss.png."""
+        """Writes loss.png, of everything in metrics.jsonl."""
         from matplotlib.figure import Figure
 
         axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
+        records = list(read_records(self.path))
         for key, style in (("loss", {"linewidth": 0.8}), ("val_loss", {"marker": "o"})):
-            points = [(r["step"], r[key]) for r in self.records if r.get(key) is not None]
+            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=key, **style)
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.out_dir))
@@ -120,6 +136,10 @@ class Metrics:
         self.events.close()
 
 
+def _line(record: dict) -> str:
+    return json.dumps(record) + "\n"
+
+
 def read_records(path: Path) -> Iterable[dict]:
     """The records of a metrics.jsonl; a last line that was cut off is left out."""
     if path.is_file():
@@ -131,8 +151,8 @@ def read_records(path: Path) -> Iterable[dict]:
 
 
 def memory_used() -> int:
-    """Peak bytes so far: allocated on the GPU if there is one, else resident in this process."""
-    if torch.cuda.is_available():
+    """Peak bytes so far: allocated on the GPU if it is in use, else resident in this process."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

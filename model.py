@@ -49,8 +49,23 @@ class GPTConfig:
                 raise ValueError(f"{key}: {getattr(self, key)} is not a positive number")
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide width {self.width}")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std: {self.init_std} is negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: {self.dropout} is not in [0, 1)")
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computed in fp32 whatever its input: in bf16 a CPU sums the gradients of weight and bias in
+    bf16 too, where 256 + 1 is 256 (docs/log.md)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.width, eps=1e-5, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps)
+        return y.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -94,9 +109,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width, eps=1e-5, bias=config.bias)
+        self.ln_1 = LayerNorm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.width, eps=1e-5, bias=config.bias)
+        self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +128,9 @@ class Embedding(nn.Module):
         self.positions = nn.Embedding(config.max_position_embeddings, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        # float() for the sake of its gradient: a CPU sums a bf16 one in bf16, as in LayerNorm
+        tokens = F.embedding(ids, self.tokens.weight.float()).to(self.tokens.weight.dtype)
+        return tokens + self.positions.weight[: ids.shape[1]]
 
 
 class GPT(nn.Module):
@@ -126,7 +143,7 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = Embedding(config)
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=1e-5, bias=config.bias)
+        self.norm = LayerNorm(config)
 
     def units(self) -> dict[str, nn.Module]:
         """The modules that own the parameters, by name, in the order of the forward pass."""

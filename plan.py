@@ -1,5 +1,7 @@
 """Arithmetic over a configuration and a machine: what fits, and how a run is cut."""
 
+import os
+import re
 import time
 from dataclasses import replace
 from functools import cache
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from configuration import Configuration, parse_bytes
+from configuration import Configuration
 from errors import UserError
 from model import count_parameters
 
@@ -17,18 +19,16 @@ MOST_TOKENS = {"CPU": 4096, "GPU": 32768}  # in a micro-batch: more is no faster
 PUBLISHED_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
-    "V100": 125e12,
 }
 
 
-def resolve(
-    config: Configuration, chosen: dict | None = None, training: bool = True
-) -> Configuration:
+def resolve(config: Configuration, chosen: dict, training: bool = True) -> Configuration:
     """Replaces every `auto` and the open micro-batch.
 
     `chosen` holds what an earlier part of the run chose, which is kept. Raises UserError for what
@@ -48,11 +48,26 @@ def resolve(
 
     precision = config.precision
     if precision == "auto":
-        precision = (chosen or {}).get("precision") or faster_precision(config, backend)
+        precision = chosen.get("precision") or faster_precision(config, backend)
     config = replace(config, backend=backend, engine="resident", precision=precision)
-    micro_batch_size = config.micro_batch_size or (chosen or {}).get("micro_batch_size")
-    micro_batch_size = micro_batch_size or largest_micro_batch(config, training)
-    return replace(config, micro_batch_size=min(micro_batch_size, config.batch_size))
+    fits = largest_micro_batch(config, training)
+    if config.micro_batch_size is not None and config.micro_batch_size > fits:
+        raise UserError(
+            f"micro_batch_size: {config.micro_batch_size} sequences do not fit in memory, {fits} do"
+        )
+    fast = max(1, MOST_TOKENS[backend] // config.sequence_length)
+    size = config.micro_batch_size or min(chosen.get("micro_batch_size") or fast, fits)
+    return replace(config, micro_batch_size=min(size, config.batch_size))
+
+
+def describe(config: Configuration) -> str:
+    """What a resolved configuration is about to run, in a line."""
+    micro_batches = -(-config.batch_size // config.micro_batch_size)
+    return (
+        f"{count_parameters(config):,} parameters, {config.engine} on {config.backend}, "
+        f"{config.precision}, {config.batch_size * config.sequence_length:,} tokens a step in "
+        f"{micro_batches} micro-batches of {config.micro_batch_size} × {config.sequence_length}"
+    )
 
 
 def faster_precision(config: Configuration, backend: str) -> str:
@@ -60,22 +75,26 @@ def faster_precision(config: Configuration, backend: str) -> str:
     ones were faster in fp32 (docs/log.md)."""
     if backend == "GPU":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if config.width >= 512 and torch.cpu._is_amx_tile_supported() else "fp32"
+    return "bf16" if config.width >= 512 and has_amx() else "fp32"
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (torch 2.4 can't tell: no)."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 def largest_micro_batch(config: Configuration, training: bool) -> int:
-    """As many sequences as memory holds, up to the point where more is no faster."""
+    """As many sequences as memory holds."""
     limit = memory_limit(config)
     fixed = state_bytes(config, training) + head_bytes(config)
-    sequence = activation_bytes(config)
+    sequence = activation_bytes(config) // (1 if training else config.depth)
     if fixed + sequence > limit:
         raise UserError(
             f"this model does not fit: {count_parameters(config):,} parameters need "
             f"{(fixed + sequence) / 1e9:,.1f} GB with their gradients, optimizer and one sequence, "
             f"and there are {limit / 1e9:,.1f} GB; take a smaller configuration or a larger machine"
         )
-    most = max(1, MOST_TOKENS[config.backend] // config.sequence_length)
-    return min(most, (limit - fixed) // sequence)
+    return (limit - fixed) // sequence
 
 
 def state_bytes(config: Configuration, training: bool = True) -> int:
@@ -102,30 +121,34 @@ def activation_bytes(config: Configuration) -> int:
 
 
 def head_bytes(config: Configuration) -> int:
-    """The logits of a chunk of positions in fp32, their log-softmax and their gradient."""
-    return 3 * 4 * 1024 * config.vocab_size
+    """The logits of 1,024 positions in fp32, their log-softmax and their gradient, and the
+    gradient of the embedding from a chunk, from all chunks, and from the lookup."""
+    return 3 * 4 * 1024 * config.vocab_size + 3 * 4 * config.vocab_size * config.width
 
 
 def memory_limit(config: Configuration) -> int:
-    """Bytes the run may use: memory_limit, or all of the GPU, the machine or its container."""
+    """Bytes the run may use: memory_limit, or what the GPU, the machine or its container has."""
     if config.memory_limit is not None:
         return parse_bytes(config.memory_limit)
     if config.backend == "GPU":
-        return torch.cuda.get_device_properties(0).total_memory
-    limits = [int(_proc_meminfo()["MemTotal"]) * 1024]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2, v1
-        path = Path("/sys/fs/cgroup") / name
-        if path.is_file() and path.read_text().strip().isdigit():
-            limits.append(int(path.read_text()))
+        return int(0.95 * torch.cuda.mem_get_info()[0])  # free now, less what fragments
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if Path("/proc/self/cgroup").is_file():  # Linux; a line `0::/path` names the group
+        group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
+        folder = Path("/sys/fs/cgroup", group.lstrip("/"))
+        for path in (parent / "memory.max" for parent in (folder, *folder.parents)):
+            if path.is_file() and path.read_text().strip().isdigit():
+                limits.append(int(path.read_text()))
     return min(limits)
 
 
-def _proc_meminfo() -> dict[str, str]:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        raise UserError("this system does not tell its memory; add --memory_limit 16GB") from None
-    return {line.split(":")[0]: line.split()[1] for line in lines}
+def parse_bytes(text: str) -> int:
+    """'20GB' -> 20_000_000_000; raises UserError for what is not a size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text)
+    if match is None:
+        raise UserError(f"memory_limit: {text} is not a size such as 20GB or 16GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** ("KMGT".index(match[2]) + 1))
 
 
 @cache
@@ -134,7 +157,7 @@ def peak_flops(backend: str, precision: str) -> float:
     if backend == "GPU" and precision == "bf16":
         name = torch.cuda.get_device_name(0)
         for known, peak in PUBLISHED_PEAKS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return peak
     device = "cuda" if backend == "GPU" else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -3,20 +3,24 @@
 Without a prompt it asks for one after the other. Generation is transformers' own.
 """
 
-from dataclasses import dataclass
-
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import auto_cli
 
 from checkpoint import Checkpoint
-from configuration import model_config
 from errors import UserError, command
-from export import hugging_face_config, hugging_face_tensors, load_tokenizer
+from export import load_model, load_tokenizer
 
 
-@dataclass
-class Options:
-    """How to sample.
+def sample(
+    checkpoint_path: str,
+    prompt: str | None = None,
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int = 200,
+    seed: int = 0,
+    num_samples: int = 1,
+) -> None:
+    """Write text with a checkpoint.
 
     Args:
         checkpoint_path: a checkpoint
@@ -27,38 +31,27 @@ class Options:
         seed: of the draws
         num_samples: texts for each prompt
     """
-
-    checkpoint_path: str
-    prompt: str | None = None
-    max_new_tokens: int = 500
-    temperature: float = 0.8
-    top_k: int = 200
-    seed: int = 0
-    num_samples: int = 1
-
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_class_arguments(Options)
-    options = Options(**vars(parser.parse_args()))
-    if (
-        min(options.max_new_tokens, options.top_k, options.num_samples) < 1
-        or options.temperature < 0
-    ):
+    if min(max_new_tokens, top_k, num_samples) < 1 or temperature < 0:
         raise UserError("max_new_tokens, top_k and num_samples start at 1, temperature at 0")
-    checkpoint = Checkpoint(options.checkpoint_path)
+    checkpoint = Checkpoint(checkpoint_path)
     tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{checkpoint.path} carries no tokenizer, so it can't read a prompt")
-    prompt = None if options.prompt is None else encode(tokenizer, options.prompt)
+    ids = None if prompt is None else encode(tokenizer, prompt)
     model = load_model(checkpoint)
-    torch.manual_seed(options.seed)
-    if prompt is not None:
-        respond(model, tokenizer, prompt, options)
-        return
+    draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    draw = draw if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+
+    def respond(ids: torch.Tensor) -> None:
+        for _ in range(num_samples):
+            print(tokenizer.decode(generate(model, ids, max_new_tokens, **draw)[0]), flush=True)
+            if num_samples > 1:
+                print("-" * 16)
+
+    if ids is not None:
+        return respond(ids)
     while line := ask():
         try:
-            respond(model, tokenizer, encode(tokenizer, line), options)
+            respond(encode(tokenizer, line))
         except UserError as error:
             print(error)
 
@@ -83,50 +76,26 @@ def encode(tokenizer, prompt: str) -> torch.Tensor:
     return ids
 
 
-def respond(model, tokenizer, ids: torch.Tensor, options: Options) -> None:
-    """Prints the prompt with what follows it, num_samples times."""
-    for _ in range(options.num_samples):
-        print(tokenizer.decode(generate(model, ids, options)[0]), flush=True)
-        if options.num_samples > 1:
-            print("-" * 16)
-
-
-def load_model(checkpoint: Checkpoint):
-    """The checkpoint as transformers' GPT2LMHeadModel, on a GPU if there is one."""
-    from transformers import GPT2LMHeadModel
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    config = hugging_face_config(model_config(checkpoint.config))
-    weights = dict(hugging_face_tensors(checkpoint))
-    model = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=weights).eval()
-    if torch.cuda.is_available():
-        model = model.to("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else None)
-    return model
-
-
-@torch.no_grad()
-def generate(model, ids: torch.Tensor, options: Options) -> torch.Tensor:
+def generate(model, ids: torch.Tensor, max_new_tokens: int, **draw: object) -> torch.Tensor:
     """ids (1, n) -> (1, n + max_new_tokens), or fewer where the text ends.
 
     The model's positions end somewhere: from there on it sees the second half of what it wrote.
     """
     limit, ids = model.config.n_positions, ids.to(model.device)
-    end = ids.shape[1] + options.max_new_tokens
-    draw = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
+    end = ids.shape[1] + max_new_tokens
     while ids.shape[1] < end:
-        seen = ids if ids.shape[1] < limit else ids[:, -max(1, limit // 2) :]
-        new = model.generate(
-            seen,
-            attention_mask=torch.ones_like(seen),
-            max_new_tokens=min(end - ids.shape[1], limit - seen.shape[1]),
-            pad_token_id=0,
-            **(draw if options.temperature > 0 else {"do_sample": False}),
-        )[:, seen.shape[1] :]
-        ids = torch.cat([ids, new], dim=1)
+        seen = ids if ids.shape[1] < limit else ids[:, -(limit // 2) :]
+        new = min(end - ids.shape[1], limit - seen.shape[1])
+        mask = torch.ones_like(seen)
+        out = model.generate(seen, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **draw)
+        ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
         if ids[0, -1] == model.config.eos_token_id:
             break
     return ids
+
+
+def main() -> None:
+    auto_cli(sample, as_positional=False, allow_abbrev=False, exit_on_error=False)
 
 
 if __name__ == "__main__":

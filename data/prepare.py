@@ -55,7 +55,9 @@ HALF_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 cann
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Prepare your own text as a dataset.", allow_abbrev=False)
+    parser = ArgumentParser(
+        description="Prepare your own text as a dataset.", allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("--name", type=str, required=True, help="makes the folder data/NAME")
     parser.add_argument("--tokenizer", type=Kind, default="gpt2", help="words or characters")
     kinds = ".txt (one document), .jsonl (key text) or .parquet (column text)"

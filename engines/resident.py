@@ -12,6 +12,7 @@ from torch import Tensor
 from configuration import Configuration
 from engines import Batches, StepStats
 from engines.optimizer import BETAS, learning_rate, parameter_groups
+from errors import UserError
 from model import GPT, IGNORE, derive_seed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,17 +37,22 @@ class ResidentEngine:
         self._place()
 
     def load(self, read: Callable[[str], Tensor], updates: int | None) -> None:
+        def fetch(name: str, parameter: Tensor) -> Tensor:
+            if (tensor := read(name)).shape != parameter.shape:
+                shapes = f"{list(tensor.shape)}, the model's is {list(parameter.shape)}"
+                raise UserError(f"{name} has shape {shapes}: it is of another model")
+            return tensor
+
         with torch.no_grad():
             for name, parameter in self.master.named_parameters():
-                parameter.copy_(read(name))
+                parameter.copy_(fetch(name, parameter))
         self._place()
         if updates is not None and self.training:
             self.updates = updates
             for name, parameter in self.master.named_parameters():
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(updates), device=self.device),
-                    **{m: read(f"{m}.{name}").to(self.device) for m in MOMENTS},
-                }
+                moments = {m: fetch(f"{m}.{name}", parameter).to(self.device) for m in MOMENTS}
+                step = torch.tensor(float(updates), device=self.device)
+                self.optimizer.state[parameter] = {"step": step, **moments}
 
     def _place(self) -> None:
         """Moves the weights to the device and makes what computes with them."""

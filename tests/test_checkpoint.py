@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -14,17 +15,33 @@ def state():
     yield "norm", {"norm.weight": torch.ones(3), "norm.bias": torch.zeros(3)}
 
 
+PROGRESS = {"step": 5, "updates": 4, "train_tokens": 9}
+
+
+def config(folder):
+    return {"width": 3, "dataset": str(folder / "data")}
+
+
+def write(out, state):
+    return save(out, state, PROGRESS | {"step": 1}, config(out), None)
+
+
 @pytest.fixture
 def saved(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    path = checkpoint_path(tmp_path, 5)
-    save(path, state(), 5, 4, {"width": 3}, tmp_path / "tokenizer.json")
-    return path
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tokenizer.json").write_text("{}")
+    return save(
+        tmp_path / "out",
+        state(),
+        {"step": 5, "updates": 4, "train_tokens": 9},
+        config(tmp_path),
+        None,
+    )
 
 
 def test_round_trip(saved):
     opened = Checkpoint(saved)
-    assert (opened.step, opened.updates, opened.config) == (5, 4, {"width": 3})
+    assert (opened.step, opened.updates, opened.config) == (5, 4, config(saved.parents[1]))
     for _, members in state():
         for name, tensor in members.items():
             assert torch.equal(opened.read(name), tensor)
@@ -33,16 +50,16 @@ def test_round_trip(saved):
 
 def test_a_checkpoint_that_is_there_is_left_alone(saved):
     before = {file: file.stat().st_mtime_ns for file in saved.iterdir()}
-    save(saved, iter([("other", {"x": torch.ones(1)})]), 5, 5, {}, None)
+    other = iter([("other", {"x": torch.ones(1)})])
+    assert save(saved.parent, other, PROGRESS, {}, None) == saved
     assert {file: file.stat().st_mtime_ns for file in saved.iterdir()} == before
 
 
 def test_a_tensor_in_parts(saved, tmp_path):
     """As several systems write one: rows of a tensor in files of their own."""
     whole = torch.arange(12.0).view(4, 3)
-    path = tmp_path / "parts"
     pieces = {"a": whole[:1], "b": whole[1:]}
-    save(path, ((k, {"embedding.weight": v}) for k, v in pieces.items()), 1, 1, {}, None)
+    path = write(tmp_path, ((k, {"embedding.weight": v}) for k, v in pieces.items()))
     manifest = json.loads((path / "manifest.json").read_text())
     entry = {"dtype": "float32", "shape": [4, 3], "parts": []}
     manifest["tensors"]["embedding.weight"] = entry
@@ -69,7 +86,9 @@ def test_damage_is_found_before_anything_is_read(saved, file, damage):
         path.write_bytes(
             path.read_bytes()[:-1] if damage == "truncate" else path.read_bytes() + b"x"
         )
-    with pytest.raises(UserError, match=rf"is damaged: {file} .*; take an earlier checkpoint"):
+    with pytest.raises(
+        UserError, match=rf"is damaged: {file} .*; delete it to go on from the one before"
+    ):
         Checkpoint(saved)
 
 
@@ -112,24 +131,44 @@ def test_an_error_while_saving_leaves_nothing(tmp_path):
         yield "norm", {"norm.weight": torch.ones(3)}
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
-        save(checkpoint_path(tmp_path, 1), fails(), 1, 1, {}, None)
+    with pytest.raises(UserError, match=r"could not be written .*No space.*free some space"):
+        write(tmp_path, fails())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_manifest_is_written_last_and_the_name_given_after_it(tmp_path, monkeypatch):
-    seen = []
+    path, synced = checkpoint_path(tmp_path, 1), []
+    sync = checkpoint._sync
 
     def watch(path):
-        seen.append((path.name, sorted(p.name for p in tmp_path.rglob("manifest.json"))))
+        synced.append(path.name)
         return sync(path)
 
-    sync = checkpoint._sync
+    def watched_state():
+        for group in state():
+            assert not list(tmp_path.rglob("manifest.json"))
+            assert not path.exists()
+            yield group
+
     monkeypatch.setattr(checkpoint, "_sync", watch)
-    save(checkpoint_path(tmp_path, 1), state(), 1, 1, {}, None)
-    folder = "checkpoint_1.mdl.writing"
+    assert write(tmp_path, watched_state()) == path
     files = ["embedding.safetensors", "norm.safetensors", "manifest.json"]
-    assert [name for name, _ in seen] == [*files, folder, tmp_path.name]
+    assert synced == [*files, "checkpoint_1.mdl.writing", tmp_path.name]
+
+
+def test_what_is_not_whole_is_written_anew(saved):
+    (saved / "manifest.json").unlink()
+    (saved / "norm.safetensors").unlink()
+    save(saved.parent, state(), PROGRESS, config(saved.parents[1]), None)
+    assert torch.equal(Checkpoint(saved).read("norm.weight"), torch.ones(3))
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    used = pytest.raises(UserError, match=f"is in use by process {os.getpid()}")
+    with checkpoint.lock(tmp_path), used, checkpoint.lock(tmp_path):
+        pass
+    with checkpoint.lock(tmp_path):  # what is left of a run that ended is not in the way
+        pass
 
 
 def test_prune_keeps_the_newest(saved):
@@ -138,5 +177,5 @@ def test_prune_keeps_the_newest(saved):
     prune(saved.parent, None)
     assert len(find_checkpoints(saved.parent)) == 4
     prune(saved.parent, 2)
-    found = [path.name for path in find_checkpoints(saved.parent)]
+    found = [path.name for path in find_checkpoints(saved.parent).values()]
     assert found == ["checkpoint_10.mdl", "checkpoint_100.mdl"]

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from configuration import Configuration, parse_bytes, parse_configuration, write_configuration
+from configuration import Configuration, parse_configuration, write_configuration
 from engines.optimizer import learning_rate
 from errors import UserError
 from model import count_parameters
+from plan import parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = {  # parameters, depth, width, heads, learning rate, sequence length, batch size
@@ -82,8 +83,9 @@ def test_written_configuration_is_a_configuration_again(parse, config, tmp_path)
         (["--sequence_length", "33"], "sequence_length: 33 is above max_position_embeddings 32"),
         (["--batch_size", "0"], "batch_size: 0 is not a positive number"),
         (["--learning_rate", ".nan"], "learning_rate: nan is not a positive number"),
+        (["--init_std", "-1"], "init_std: -1.0 is negative"),
+        (["--seed", "5000000000"], "seed: 5000000000 is not below"),
         (["--warmup_steps", "-1"], "warmup_steps: -1 is negative"),
-        (["--memory_limit", "lots"], "memory_limit: lots is not a size such as 20GB"),
         (["stray"], "stray"),
     ],
 )
@@ -147,3 +149,9 @@ def test_warm_up_may_outlast_the_run():
 @pytest.mark.parametrize(("size", "count"), [("20GB", 20e9), ("1.5TB", 1.5e12), ("2GiB", 2**31)])
 def test_sizes(size, count):
     assert parse_bytes(size) == count
+
+
+@pytest.mark.parametrize("size", ["lots", "20", "GB", "-1GB", "1.2.3GB", "20gigs"])
+def test_what_is_not_a_size(size):
+    with pytest.raises(UserError, match="is not a size such as 20GB"):
+        parse_bytes(size)

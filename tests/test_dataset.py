@@ -101,8 +101,11 @@ def test_one_sequence_is_enough(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: shutil.rmtree(d), "is not a prepared dataset.*run: python data/prepare.py"),
-        (lambda d: (d / "meta.json").unlink(), "is not a prepared dataset"),
+        (
+            lambda d: shutil.rmtree(d),
+            "meta.json is missing: prepare the dataset; run: python data/prepare.py",
+        ),
+        (lambda d: (d / "meta.json").unlink(), "meta.json is missing"),
         (lambda d: (d / "meta.json").write_text("{"), "meta.json is damaged"),
         (lambda d: (d / "meta.json").write_text("[]"), "meta.json is damaged"),
         (lambda d: (d / "meta.json").write_text("{}"), "meta.json is damaged"),

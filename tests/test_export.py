@@ -1,5 +1,6 @@
 """eval.py, sample.py, export.py and init_from, on checkpoints that train.py wrote."""
 
+import hashlib
 import io
 import json
 import math
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, VOCABULARY, records
+from conftest import VOCABULARY, records
 from safetensors.torch import load_file, save_file
 from test_train import refused
 
 from checkpoint import Checkpoint
+from export import load_model, load_tokenizer
 from model import GPT, GPTConfig
 
 SHAPES = {
@@ -52,7 +54,7 @@ def test_exported_model_is_the_same(run, trained, tmp_path):
     assert (theirs.eval()(ids).logits - expected).abs().max() < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.decode(tokenizer("a b\ncd")["input_ids"]) == "a b\ncd"
-    refused(run("export", "--checkpoint_path", trained, "--out", out), "already holds a model")
+    refused(run("export", "--checkpoint_path", trained, "--out", out), "is not an empty folder")
 
 
 def test_there_and_back(run, trained, config, tmp_path):
@@ -92,6 +94,17 @@ def test_init_from_weights_of_transformers(run, config, tmp_path):
     assert checkpoint.config["max_position_embeddings"] == 40
     ids = torch.randint(VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
     assert (our_logits(checkpoint, ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_what_is_not_a_gpt2_is_refused(run, config, tmp_path):
+    from transformers import GPT2Config, LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    seen = run("train", config.path, "--init_from", tmp_path / "llama")
+    refused(seen, "this model can't be it, as its model_type is llama")
+    GPT2Config(n_inner=100).save_pretrained(tmp_path / "inner")
+    seen = run("train", config.path, "--init_from", tmp_path / "inner")
+    refused(seen, "this model can't be it, as its n_inner is 100")
 
 
 def test_export_without_biases(run, config, tmp_path):
@@ -138,7 +151,7 @@ def test_eval_refusals(run, config, tmp_path):
     refused(run("eval", config.path, "--checkpoint_path", tmp_path), "is not a checkpoint")
     run("train", config.path, "--num_steps", 3)
     flags = ["--checkpoint_path", "latest", "--dataset", tmp_path / "nothing"]
-    refused(run("eval", config.path, *flags), "is not a prepared dataset")
+    refused(run("eval", config.path, *flags), "is missing: prepare the dataset")
 
 
 def test_sample(run, config):
@@ -162,8 +175,8 @@ def test_sample_follows_the_model(run, config):
     checkpoint = Checkpoint(config.out / "checkpoint_6.mdl")
     flags = ["--checkpoint_path", checkpoint.path, "--prompt", "ab", "--temperature", 0]
     written = run("sample", *flags, "--max_new_tokens", 20).out[:-1]
-    from export import load_tokenizer
-
+    ids = torch.arange(20)[None]
+    assert (load_model(checkpoint)(ids).logits - our_logits(checkpoint, ids)).abs().max() < 1e-4
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer("ab", return_tensors="pt")["input_ids"]
     for _ in range(20):
@@ -193,11 +206,43 @@ def test_sample_refusals(run, config):
     refused(run("sample", "--checkpoint_path", "nowhere.mdl"), "there is no such checkpoint")
 
 
-def test_a_checkpoint_of_another_shape_inside(run, config):
-    """A manifest whose tensors are not what its files hold."""
+def test_a_checkpoint_of_another_shape(run, config):
+    """A checkpoint whole in itself, but whose norm has one number, which would broadcast."""
     run("train", config.path, "--num_steps", 3)
     path = config.out / "checkpoint_3.mdl"
-    tensors = load_file(path / "norm.safetensors")
-    save_file({k: v[:-1].clone() for k, v in tensors.items()}, path / "norm.safetensors")
-    refused(run("train", config.path, "--checkpoint_path", "latest"), "norm.safetensors has")
-    assert ROOT.is_dir()
+    file, manifest = path / "norm.safetensors", json.loads((path / "manifest.json").read_text())
+    save_file({name: v[:1].clone() for name, v in load_file(file).items()}, file)
+    content = file.read_bytes()
+    manifest["files"][file.name] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    for name in ("norm.weight", "norm.bias"):
+        manifest["tensors"][name] |= {"shape": [1], "parts": [{"file": file.name, "rows": [0, 1]}]}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    seen = run("train", config.path, "--checkpoint_path", "latest")
+    refused(seen, "norm.weight has shape [1], the model's is [32]: it is of another model")
+
+
+def test_init_from_weights_that_lack_some(run, config, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=1, n_head=4)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
+    tensors = load_file(tmp_path / "gpt2" / "model.safetensors")
+    del tensors["transformer.h.0.mlp.c_fc.weight"]
+    save_file(tensors, tmp_path / "gpt2" / "model.safetensors", metadata={"format": "pt"})
+    seen = run("train", config.path, "--init_from", tmp_path / "gpt2")
+    assert seen.status == 1
+    assert "it lacks transformer.h.0.mlp.c_fc.weight" in seen.err.splitlines()[-1]
+
+
+def test_a_requeued_job_with_init_from_goes_on(run, trained, config, tmp_path):
+    """Its command line does not change, and names a depth that init_from has overruled."""
+    run("export", "--checkpoint_path", trained, "--out", tmp_path / "exported")
+    flags = ["--init_from", tmp_path / "exported", "--checkpoint_path", "latest"]
+    flags += ["--out_dir", tmp_path / "requeued", "--depth", 1]
+    assert "started from" in run("train", config.path, *flags, "--num_steps", 3).out
+    seen = run("train", config.path, *flags)
+    assert seen.status == 0, seen.err
+    assert "at step 3" in seen.out

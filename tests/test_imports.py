@@ -13,11 +13,12 @@ MAY_KNOW = {
     "configuration": {"model", "errors"},
     "dataset": {"errors"},
     "checkpoint": {"errors"},
+    "resume": {"checkpoint", "configuration", "dataset", "errors", "export", "metrics"},
     "plan": {"configuration", "model", "errors"},
     "metrics": {"engines"},
     "engines/__init__": {"configuration", "errors", "engines"},
     "engines/optimizer": {"configuration"},
-    "engines/resident": {"configuration", "model", "engines"},
+    "engines/resident": {"configuration", "model", "engines", "errors"},
 }
 PLANNERS = {"plan", "train", "eval"}
 

@@ -20,7 +20,9 @@ from errors import UserError, command
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Prepare OpenWebText.", allow_abbrev=False)
+    parser = ArgumentParser(
+        description="Prepare OpenWebText.", allow_abbrev=False, exit_on_error=False
+    )
     kinds = "a dataset of the hub, or a folder of .parquet or .jsonl files"
     parser.add_argument("--source", type=str, default="Skylion007/openwebtext", help=kinds)
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes to use")

@@ -26,7 +26,7 @@ MARKS = str.maketrans("", "", "\\_*[]")
 
 
 def main() -> None:
-    ArgumentParser(description=__doc__, allow_abbrev=False).parse_args()
+    ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False).parse_args()
     folder = Path(__file__).absolute().parent
     with scratch(folder) as temporary:
         write(folder, temporary, plays(), gpt2_tokenizer(), "gpt2", SOURCE)

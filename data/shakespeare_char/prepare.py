@@ -13,7 +13,7 @@ from errors import command
 
 
 def main() -> None:
-    ArgumentParser(description=__doc__, allow_abbrev=False).parse_args()
+    ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False).parse_args()
     folder = Path(__file__).absolute().parent
     with scratch(folder) as temporary:
         splits = plays()

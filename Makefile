@@ -1,0 +1,44 @@
+# make demo, make test: each does its own set-up. PYTHON names another interpreter, OUT another folder.
+PYTHON ?= python3.11
+OUT ?= out/demo
+BIN := .venv/bin
+DEMO := configs/demo.yaml --out_dir $(OUT)
+LAST := $(OUT)/checkpoint_$(shell sed -n 's/^num_steps: //p' configs/demo.yaml).mdl
+
+.PHONY: install demo test lint loc bench clean
+
+install: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+data/shakespeare_char/meta.json: | .venv/installed
+	$(BIN)/python data/shakespeare_char/prepare.py
+
+# Trains a small model on Shakespeare, evaluates it and lets it write. Interrupted, it goes on.
+demo: install data/shakespeare_char/meta.json
+	test -d $(LAST) || $(BIN)/python train.py $(DEMO) --checkpoint_path latest
+	$(BIN)/python eval.py $(DEMO) --checkpoint_path $(LAST)
+	$(BIN)/python sample.py --checkpoint_path $(LAST) --prompt "ROMEO:" --max_new_tokens 600
+	@echo "config.yaml, metrics.jsonl, loss.png and the checkpoint are in $(OUT)"
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Lines of code beside the original's.
+loc:
+	$(PYTHON) bench/loc.py
+
+# Our training step beside Hugging Face's, alternating.
+bench: install
+	$(BIN)/python bench/step.py
+
+clean:
+	rm -rf .venv out/demo .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,96 @@
+"""Tokens a second of our training step and of Hugging Face's GPT-2, in turns on the same machine.
+
+python bench/step.py [--width 768 --depth 4 --tokens 2048 --rounds 3]. Both sides run fp32 with
+AdamW, clipping and the same shape and tokens; the best of the rounds counts, as machines are noisy.
+The roof is the rate of a matrix product, measured in the same minute.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import plan
+from configuration import Configuration
+from engines import open_engine
+from export import hugging_face_config
+
+
+def main(width: int = 768, depth: int = 4, tokens: int = 2048, rounds: int = 3) -> None:
+    config = Configuration(
+        width=width,
+        depth=depth,
+        heads=width // 64,
+        max_position_embeddings=1024,
+        sequence_length=1024,
+        batch_size=tokens // 1024,
+        precision="fp32",
+    )
+    config = plan.resolve(config)
+    sides = {"gigaGPT": ours(config), "transformers": theirs(config)}
+    seconds = {name: [] for name in sides}
+    for _ in range(rounds + 1):  # the first round warms up
+        for name, step in sides.items():
+            begin = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - begin)
+    roof = plan.peak_flops(config.backend, config.precision)
+    result = {"roof_gflops": roof / 1e9, "tokens": tokens}
+    for name, taken in seconds.items():
+        rate = tokens / min(taken[1:])
+        result[name] = {
+            "tokens_per_second": rate,
+            "mfu": rate * plan.flops_per_token(config) / roof,
+            "spread": max(taken[1:]) / min(taken[1:]),
+        }
+        print(f"{name:>12}: {rate:8.1f} tokens/s, MFU {result[name]['mfu']:.1%}", file=sys.stderr)
+    rates = [result[name]["tokens_per_second"] for name in sides]
+    result["ratio"] = rates[0] / rates[1]
+    print(json.dumps(result))
+
+
+def batch(config: Configuration) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.RandomState(0).randint(0, config.vocab_size, (config.batch_size, 1025))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def ours(config: Configuration):
+    class Batches:
+        def __init__(self, rank: int, world: int):
+            pass
+
+        def __getitem__(self, step: int):
+            return batch(config)
+
+    engine = open_engine(config)
+    engine.initialize()
+    steps = engine.run(Batches, 0, 10**9, lambda fraction: None)
+    return lambda: next(steps)
+
+
+def theirs(config: Configuration):
+    from transformers import GPT2LMHeadModel
+
+    device = "cuda" if config.backend == "GPU" else "cpu"
+    model = GPT2LMHeadModel(hugging_face_config(config)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        ids, _ = batch(config)
+        ids = torch.from_numpy(ids).to(device)
+        model(ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

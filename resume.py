@@ -1,0 +1,113 @@
+"""Where a run starts: from nothing, from a checkpoint, or from Hugging Face weights."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from checkpoint import TOKENIZER, Checkpoint, find_checkpoints
+from configuration import MODEL_KEYS, Configuration, model_config, with_model
+from dataset import Tokens
+from errors import UserError
+from metrics import say
+
+# Keys that may change freely, and those that the order of the data depends on.
+FREE = {"out_dir", "checkpoint_path", "init_from", "memory_limit", "keep"}
+DATA_KEYS = {"dataset", "batch_size", "sequence_length", "seed"}
+
+
+@dataclass
+class Start:
+    """What a run starts from: `read(name)` gives its tensors, None where they are to be drawn."""
+
+    config: Configuration
+    read: Callable[[str], Tensor] | None = None
+    updates: int | None = None  # of Adam's moments; None where there are none
+    step: int = 0
+    origin: str = "starting fresh"
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def chosen(self) -> dict:
+        """The configuration in which an earlier part of the run replaced every `auto`."""
+        return self.checkpoint.config if self.checkpoint else {}
+
+    def check_data(self, tokens: Tokens) -> None:
+        """The data must be those that the checkpoint was trained on, or it is said."""
+        if self.checkpoint is not None:
+            check_tokenizer(self.checkpoint, tokens)
+            if self.checkpoint.train_tokens != tokens.count:
+                say(f"note: {tokens.path} is not what it was; its order is another from here on")
+
+
+def find_start(config: Configuration) -> Start:
+    """What `checkpoint_path` and `init_from` name; UserError where it can't be gone on from."""
+    checkpoint = find_checkpoint(config)
+    check_out_dir(Path(config.out_dir), checkpoint)
+    if checkpoint is not None:
+        if config.init_from is not None:  # then the model is that one, not the configuration's
+            config = with_model(config, model_config(checkpoint.config))
+        check_configuration(config, checkpoint)
+        origin = f"resumed from {checkpoint.path} at step {checkpoint.step}"
+        done = (checkpoint.updates, checkpoint.step)
+        return Start(config, checkpoint.read, *done, origin, checkpoint)
+    if config.init_from is not None:
+        from export import read_hugging_face  # transformers takes seconds to import
+
+        config, read = read_hugging_face(config)
+        return Start(config, read, origin=f"started from the weights of {config.init_from}")
+    return Start(config)
+
+
+def find_checkpoint(config: Configuration) -> Checkpoint | None:
+    """The checkpoint that `checkpoint_path` names, or None where there is none to start from."""
+    if config.checkpoint_path == "latest":
+        found = find_checkpoints(Path(config.out_dir))
+        return Checkpoint(found[max(found)]) if found else None
+    return Checkpoint(config.checkpoint_path) if config.checkpoint_path else None
+
+
+def check_out_dir(out_dir: Path, checkpoint: Checkpoint | None) -> None:
+    """A run that starts from `checkpoint` never mixes its checkpoints with those of another."""
+    others = find_checkpoints(out_dir)
+    if checkpoint is not None and checkpoint.path.resolve().parent == out_dir.resolve():
+        others = {step: path for step, path in others.items() if step > checkpoint.step}
+    if others:
+        raise UserError(
+            f"{out_dir} already holds {others[max(others)].name}; add --checkpoint_path latest to "
+            f"go on from it, take another --out_dir, or delete it"
+        )
+
+
+def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
+    """The checkpoint must be of this model and leave something to do; other changes are said."""
+    if checkpoint.step >= config.num_steps:
+        raise UserError(
+            f"{checkpoint.path} is at step {checkpoint.step} and num_steps is {config.num_steps}: "
+            f"nothing is left to train; raise --num_steps"
+        )
+    before = asdict(Configuration()) | checkpoint.config
+    for key, now in asdict(config).items():
+        then = before[key]
+        if now in (then, "auto") or key in FREE or (key, now) == ("micro_batch_size", None):
+            continue
+        if key in MODEL_KEYS and key not in ("dropout", "init_std"):
+            raise UserError(
+                f"{checkpoint.path} is of another model: its {key} is {then}, this "
+                f"configuration's {now}"
+            )
+        effect = "; the data go on in another order" if key in DATA_KEYS else ""
+        if key == "num_steps" and config.decay_steps is None:
+            effect = "; the learning rate decays towards the new end"
+        say(f"note: {key} is {now}; it was {then} when {checkpoint.path} was saved{effect}")
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokens: Tokens) -> None:
+    """Refuses data in another vocabulary, which would train to no purpose."""
+    theirs = tokens.meta.get("tokenizer_sha256")
+    if theirs and checkpoint.files.get(TOKENIZER, {}).get("sha256", theirs) != theirs:
+        raise UserError(
+            f"{tokens.path} was made with another tokenizer ({tokens.meta.get('tokenizer')}) than "
+            f"{checkpoint.path}; take the dataset that it was trained on"
+        )

@@ -1,0 +1,46 @@
+"""The resident engine on CUDA against the same on the CPU."""
+
+import pytest
+import torch
+from conftest import records
+from test_train import close, engine_config, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_fp32_equals_the_cpu(dataset):
+    cpu, gpu = (train(engine_config(backend=b), dataset)[0] for b in ("CPU", "GPU"))
+    for a, b in zip(cpu, gpu, strict=True):
+        assert close(b.loss, a.loss, 1e-5)
+        assert close(b.grad_norm, a.grad_norm, 1e-4)
+
+
+def test_bf16_follows_fp32(dataset):
+    exact, rounded = (
+        train(engine_config(backend="GPU", precision=p), dataset)[0] for p in ("fp32", "bf16")
+    )
+    for a, b in zip(exact, rounded, strict=True):
+        assert close(b.loss, a.loss, 0.02)
+
+
+def test_a_run_crosses_from_gpu_to_cpu(run, config):
+    flags = ["--backend", "GPU", "--num_steps", 3, "--precision", "fp32"]
+    seen = run("train", config.path, *flags)
+    assert seen.status == 0, seen.err
+    flags = ["--backend", "CPU", "--checkpoint_path", "latest", "--num_steps", 6]
+    assert run("train", config.path, *flags).status == 0
+    assert [r["step"] for r in records(config.out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sampling_on_the_gpu(run, config):
+    run("train", config.path, "--backend", "GPU", "--num_steps", 3)
+    flags = ["--checkpoint_path", config.out / "checkpoint_3.mdl", "--prompt", "ab"]
+    assert run("sample", *flags, "--max_new_tokens", 50).out.startswith("ab")

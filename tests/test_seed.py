@@ -1,0 +1,94 @@
+"""Every command of the README, in a copy of the project, as a user types it."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PROGRAM = ("*.py", "engines/*.py", "configs/*.yaml", "data/*.py", "data/*/prepare.py", "README.md")
+SMALL = ["--batch_size", "2", "--sequence_length", "64", "--eval_batches", "1"]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    clone = tmp_path_factory.mktemp("clone")
+    for pattern in PROGRAM:
+        for path in ROOT.glob(pattern):
+            target = clone / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return clone
+
+
+def type_in(clone: Path, line: str, *more: str) -> subprocess.CompletedProcess:
+    """Runs a command line that stands in the README, with `more` to keep it small."""
+    assert line in (clone / "README.md").read_text(), f"the README does not say: {line}"
+    program, *words = line.split()
+    assert program == "python"
+    return subprocess.run(
+        [sys.executable, *words, *more], cwd=clone, text=True, capture_output=True, timeout=300
+    )
+
+
+def worked(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(done: subprocess.CompletedProcess, message: str) -> None:
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_in_the_order_of_the_readme(clone, tmp_path):
+    words = [
+        random.Random(1).choice(["the", "a", "of", "to", "sea", "ship", "king"]) for _ in range(200)
+    ]
+    hub = tmp_path / "hub" / "plain_text"
+    hub.mkdir(parents=True)
+    with open(hub / "train.jsonl", "w") as file:
+        for i in range(40):
+            file.write(json.dumps({"text": f"{i} " + " ".join(words)}) + "\n")
+    worked(type_in(clone, "python data/openwebtext/prepare.py", "--source", str(tmp_path / "hub")))
+
+    train = "python train.py configs/111m.yaml"
+    out = worked(type_in(clone, train, "--num_steps", "2", *SMALL))
+    assert "111,050,496 parameters" in out
+    assert "saved model_dir/checkpoint_2.mdl" in out
+
+    again = f"{train} --checkpoint_path latest"
+    out = worked(type_in(clone, again, "--num_steps", "3", *SMALL))
+    assert "resumed from model_dir/checkpoint_2.mdl at step 2" in out
+    os.rename(clone / "model_dir/checkpoint_3.mdl", clone / "model_dir/checkpoint_9037.mdl")
+
+    evaluate = "python eval.py configs/111m.yaml --checkpoint_path model_dir/checkpoint_9037.mdl"
+    result = json.loads(worked(type_in(clone, evaluate, "--json", *SMALL)))
+    assert 5 < result["loss"] < 11
+
+    sample = "python sample.py --checkpoint_path model_dir/checkpoint_9037.mdl"
+    out = worked(type_in(clone, sample, "--prompt", "The ship", "--max_new_tokens", "4"))
+    assert out.startswith("The ship")
+
+    export = "python export.py --checkpoint_path model_dir/checkpoint_9037.mdl --out exported"
+    worked(type_in(clone, export))
+    assert (clone / "exported/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("size", ["13b", "70b", "175b"])
+def test_models_beyond_this_machine(clone, size):
+    limit = ["--memory_limit", "24GB"]
+    refused(type_in(clone, f"python train.py configs/{size}.yaml", *limit), "does not fit")
+
+
+def test_commands_that_wait_for_their_issues(clone):
+    line = "python train.py configs/70b.yaml --num_systems 16"
+    refused(type_in(clone, line), "num_systems: 16 is not there yet")
+    line = "python eval.py configs/70b.yaml --checkpoint_path /path/to/checkpoint.mdl"
+    refused(type_in(clone, line), "there is no such checkpoint")
