@@ -56,9 +56,10 @@ class Tokens:
     def read(self, begin: int, count: int) -> np.ndarray:
         """Ids begin to begin + count, int64."""
         size = self.dtype.itemsize
-        ids = np.frombuffer(os.pread(self.file.fileno(), count * size, begin * size), self.dtype)
-        if len(ids) < count:
+        content = os.pread(self.file.fileno(), count * size, begin * size)
+        if len(content) < count * size:
             raise UserError(f"{self.path} ends early: it was cut; prepare the dataset again")
+        ids = np.frombuffer(content, self.dtype)
         if ids.max() >= self.vocab_size:
             raise UserError(
                 f"{self.path} holds token id {ids.max()} near position {begin:,}, above the "

@@ -86,9 +86,11 @@ class Metrics:
 
     def progress(self, fraction: float) -> None:
         """The part of the current step that is done: on the bar, or in a line a minute."""
+        if time.monotonic() - self.told < (60 if self.bar.disable else 1):
+            return
+        self.told = time.monotonic()
         self.bar.set_postfix_str(f"{fraction:.0%} of step {self.done + 1}")
-        if self.bar.disable and time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
+        if self.bar.disable:
             say(f"step {self.done + 1}/{self.stop} | {fraction:.0%} | {self._left(fraction)} left")
 
     def _left(self, fraction: float) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def clone(tmp_path_factory) -> Path:
 def type_in(clone: Path, line: str, *more: str) -> subprocess.CompletedProcess:
     """Runs a command line that stands in the README, with `more` to keep it small."""
     assert line in (clone / "README.md").read_text(), f"the README does not say: {line}"
-    program, *words = line.split()
+    program, *words = shlex.split(line)
     assert program == "python"
     return subprocess.run(
         [sys.executable, *words, *more], cwd=clone, text=True, capture_output=True, timeout=300
@@ -73,12 +74,28 @@ def test_in_the_order_of_the_readme(clone, tmp_path):
     assert 5 < result["loss"] < 11
 
     sample = "python sample.py --checkpoint_path model_dir/checkpoint_9037.mdl"
-    out = worked(type_in(clone, sample, "--prompt", "The ship", "--max_new_tokens", "4"))
+    few = ["--max_new_tokens", "4"]
+    out = worked(type_in(clone, sample, "--prompt", "The ship", *few))
+    assert out.startswith("The ship")
+
+    out = worked(type_in(clone, f'{sample} --prompt "The ship" --top_k 50', *few))
     assert out.startswith("The ship")
 
     export = "python export.py --checkpoint_path model_dir/checkpoint_9037.mdl --out exported"
     worked(type_in(clone, export))
     assert (clone / "exported/tokenizer.json").is_file()
+
+    tune = "python train.py configs/111m.yaml --init_from exported --out_dir tuned"
+    out = worked(type_in(clone, tune, "--num_steps", "1", *SMALL))
+    assert "started from the weights of exported" in out
+
+
+def test_another_dataset(clone):
+    worked(type_in(clone, "python data/shakespeare/prepare.py"))
+    line = "python train.py configs/111m.yaml --dataset data/shakespeare"
+    line += " --batch_size 8 --num_steps 3"
+    small = ["--depth", "1", "--sequence_length", "64", "--eval_batches", "1", "--out_dir", "other"]
+    assert "step 3/3" in worked(type_in(clone, line, *small))
 
 
 @pytest.mark.parametrize("size", ["13b", "70b", "175b"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -521,6 +522,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(run, config):
     assert "checkpoint_6.mdl could not be written" in err
     assert [p.name for p in config.out.glob("checkpoint_*")] == ["checkpoint_3.mdl"]
     assert run("train", config.path, "--checkpoint_path", "latest").status == 0
+
+
+def peak_memory(out: str) -> float:
+    """GB in the last line of a step."""
+    return float(re.findall(r"\| ([\d.]+) GB \|", out)[-1])
+
+
+def test_peak_memory_does_not_grow_with_the_batch(config):
+    """The original had no gradient accumulation: its batch_size was one forward pass."""
+    flags = ["--width", 256, "--depth", 4, "--micro_batch_size", 4, "--num_steps", 1]
+    peaks = []
+    for batch_size in (4, 160):
+        out = ["--batch_size", batch_size, "--out_dir", config.out / str(batch_size)]
+        process = start(config.path, *flags, *out)
+        peaks.append(peak_memory(process.communicate(timeout=120)[0]))
+    assert peaks[1] <= 1.03 * peaks[0]
 
 
 def test_help_lists_the_keys():
