@@ -13,7 +13,7 @@ from configuration import Configuration
 from errors import UserError
 from model import count_parameters
 
-MOST_TOKENS = {"CPU": 4096, "GPU": 32768}  # in a micro-batch: more is no faster
+MOST_TOKENS = {"CPU": 2048, "GPU": 32768}  # in a micro-batch: more is hardly faster
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendor's data sheets.
 PUBLISHED_PEAKS = {
