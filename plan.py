@@ -89,10 +89,11 @@ def largest_micro_batch(config: Configuration, training: bool) -> int:
     fixed = state_bytes(config, training) + head_bytes(config)
     sequence = activation_bytes(config) // (1 if training else config.depth)
     if fixed + sequence > limit:
+        extra = "their gradients, optimizer and" if training else "the activations of"
         raise UserError(
             f"this model does not fit: {count_parameters(config):,} parameters need "
-            f"{(fixed + sequence) / 1e9:,.1f} GB with their gradients, optimizer and one sequence, "
-            f"and there are {limit / 1e9:,.1f} GB; take a smaller configuration or a larger machine"
+            f"{(fixed + sequence) / 1e9:,.1f} GB with {extra} one sequence, and there are "
+            f"{limit / 1e9:,.1f} GB; take a smaller configuration or a larger machine"
         )
     return (limit - fixed) // sequence
 
@@ -107,12 +108,13 @@ def activation_bytes(config: Configuration) -> int:
     """What one sequence keeps for the backward pass.
 
     Per block and position, in widths: the two residual sums (2), norms (2), qkv (3), attention out
-    (1), its projection (1) and both sides of the activation (8). With dropout its masks, and on a
-    CPU the probabilities and the mask of heads × length × length.
+    (1), its projection (1) and both sides of the activation (8); in bf16 the fp32 inputs of the
+    norms (2). With dropout its masks, and on a CPU the probabilities and the mask of heads ×
+    length × length.
     """
-    size = 2 if config.precision == "bf16" else 4
+    size, norms = (2, 8) if config.precision == "bf16" else (4, 0)
     length = config.sequence_length
-    block = 17 * length * config.width * size
+    block = (17 * size + norms) * length * config.width
     if config.dropout > 0:
         block += 3 * length * config.width
         if config.backend == "CPU":

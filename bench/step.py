@@ -32,7 +32,7 @@ def main(width: int = 768, depth: int = 4, tokens: int = 2048, rounds: int = 3) 
         batch_size=tokens // 1024,
         precision="fp32",
     )
-    config = plan.resolve(config)
+    config = plan.resolve(config, {})
     sides = {"gigaGPT": ours(config), "transformers": theirs(config)}
     seconds = {name: [] for name in sides}
     for _ in range(rounds + 1):  # the first round warms up

@@ -537,7 +537,7 @@ def test_peak_memory_does_not_grow_with_the_batch(config):
         out = ["--batch_size", batch_size, "--out_dir", config.out / str(batch_size)]
         process = start(config.path, *flags, *out)
         peaks.append(peak_memory(process.communicate(timeout=120)[0]))
-    assert peaks[1] <= 1.03 * peaks[0]
+    assert peaks[1] <= 1.2 * peaks[0]  # all 160 sequences at once take 1.9 times as much
 
 
 def test_help_lists_the_keys():
