@@ -533,11 +533,11 @@ def test_peak_memory_does_not_grow_with_the_batch(config):
     """The original had no gradient accumulation: its batch_size was one forward pass."""
     flags = ["--width", 256, "--depth", 4, "--micro_batch_size", 4, "--num_steps", 1]
     peaks = []
-    for batch_size in (4, 160):
+    for batch_size in (4, 80):
         out = ["--batch_size", batch_size, "--out_dir", config.out / str(batch_size)]
         process = start(config.path, *flags, *out)
         peaks.append(peak_memory(process.communicate(timeout=120)[0]))
-    assert peaks[1] <= 1.2 * peaks[0]  # all 160 sequences at once take 1.9 times as much
+    assert peaks[1] <= 1.2 * peaks[0]  # all 80 sequences at once take 1.4 times as much
 
 
 def test_help_lists_the_keys():
