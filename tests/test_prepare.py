@@ -338,7 +338,11 @@ def test_an_interrupt_keeps_the_old_dataset(own, tmp_path):
     succeed(script, *args)
     before = content(own)
     write_jsonl(tmp_path / "a.jsonl", TEXTS * 1000)
-    with subprocess.Popen([sys.executable, script, *args], stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, script, *args],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `make test &` ignores it
+    ) as process:
         deadline = time.monotonic() + 30
         while not list(own.glob("unfinished-*/*")) and time.monotonic() < deadline:
             time.sleep(0.05)
