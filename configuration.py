@@ -41,6 +41,11 @@ class Configuration(GPTConfig):
         num_systems: number of GPUs or systems to train on
         precision: of the matrix products; weights and optimizer are fp32 always
         memory_limit: such as 20GB; null: what the machine or its container has
+        stream_to: where the streaming engine keeps weights and optimizer
+        stream_dir: folder for its files, on a fast disk; null: out_dir
+        recompute: compute a block again in the backward pass instead of keeping what it computed
+        activations: where the inputs of recomputed blocks wait for the backward pass
+        pass_size: sequences that go through the layers together; null: as many as memory allows
         checkpoint_path: a checkpoint to start from, or latest: the newest in out_dir, if any
         init_from: folder or hub name of Hugging Face GPT-2 weights to start from
     """
@@ -67,6 +72,11 @@ class Configuration(GPTConfig):
     num_systems: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_limit: str | None = None
+    stream_to: Literal["auto", "ram", "disk"] = "auto"
+    stream_dir: str | None = None
+    recompute: bool | Literal["auto"] = "auto"
+    activations: Literal["auto", "device", "host"] = "auto"
+    pass_size: int | None = None
     checkpoint_path: str | None = None
     init_from: str | None = None
 
@@ -91,7 +101,7 @@ class Configuration(GPTConfig):
 _POSITIVE = (
     *("batch_size", "micro_batch_size", "sequence_length", "num_steps", "checkpoint_steps", "keep"),
     *("eval_steps", "eval_batches", "learning_rate", "decay_steps", "adam_epsilon"),
-    *("max_gradient_norm", "num_systems"),
+    *("max_gradient_norm", "num_systems", "pass_size"),
 )
 MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from configuration import Configuration
@@ -58,10 +59,22 @@ class Engine(Protocol):
         """Frees what the engine holds."""
 
 
+def read_tensor(read: Callable[[str], Tensor], name: str, shape: torch.Size) -> Tensor:
+    """read(name), which must have the model's shape."""
+    if (tensor := read(name)).shape != shape:
+        shapes = f"{list(tensor.shape)}, the model's is {list(shape)}"
+        raise UserError(f"{name} has shape {shapes}: it is of another model")
+    return tensor
+
+
 def open_engine(config: Configuration, training: bool = True) -> Engine:
     """The engine of a resolved configuration; without `training` it holds weights only."""
-    if config.engine != "resident" or config.num_systems > 1:
-        raise UserError(f"engine {config.engine} on {config.num_systems} systems is not there yet")
-    from engines.resident import ResidentEngine
+    if config.engine == "streaming":
+        from engines.streaming import StreamingEngine
 
-    return ResidentEngine(config, training)
+        return StreamingEngine(config, training)
+    if config.engine == "resident":
+        from engines.resident import ResidentEngine
+
+        return ResidentEngine(config, training)
+    raise UserError(f"engine {config.engine} is not there yet")

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from configuration import Configuration
 
 BETAS = (0.9, 0.95)  # as GPT-3 (Brown et al. 2020, appendix B) and Cerebras-GPT
+MOMENTS = ("exp_avg", "exp_avg_sq")
 FINAL_FRACTION = 0.1  # of the peak learning rate, at the end of the decay
 
 
@@ -22,6 +26,11 @@ def learning_rate(config: Configuration, step: int) -> float:
     return config.learning_rate * fraction
 
 
+def clip_factor(config: Configuration, norm: float) -> float:
+    """What a gradient of this global norm is multiplied with."""
+    return min(1.0, config.max_gradient_norm / (norm + 1e-6))
+
+
 def decays(parameter: Tensor) -> bool:
     """Weight decay is for matrices and embeddings, not for biases and norms."""
     return parameter.dim() >= 2
@@ -34,3 +43,38 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
         {"params": [p for p in parameters if decays(p)], "weight_decay": weight_decay},
         {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
     ]
+
+
+@dataclass
+class Update:
+    """One AdamW step, for state that comes in pieces."""
+
+    config: Configuration
+    learning_rate: float
+    clip: float  # factor for the gradient
+    number: int  # of updates, this one included
+
+    @torch.no_grad()
+    def apply(self, state: Tensor, decaying: int) -> None:
+        """state: (weight, first moment, second moment, gradient) × numbers, fp32, changed in place;
+        weight decay is for the numbers before `decaying`."""
+        if self.clip < 1.0:
+            state[3].mul_(self.clip)
+        decaying = max(0, min(decaying, state.shape[1]))
+        for piece, weight_decay in (
+            (state[:, :decaying], self.config.weight_decay),
+            (state[:, decaying:], 0.0),
+        ):
+            weight, exp_avg, exp_avg_sq, gradient = ([row] for row in piece)
+            before = torch.tensor(self.number - 1.0, device=state.device)
+            adamw(
+                *(weight, gradient, exp_avg, exp_avg_sq, [], [before]),
+                fused=True,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=self.learning_rate,
+                weight_decay=weight_decay,
+                eps=self.config.adam_epsilon,
+                maximize=False,
+            )

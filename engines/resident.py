@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from configuration import Configuration
-from engines import Batches, StepStats
-from engines.optimizer import BETAS, learning_rate, parameter_groups
-from errors import UserError
+from engines import Batches, StepStats, read_tensor
+from engines.optimizer import BETAS, MOMENTS, clip_factor, learning_rate, parameter_groups
 from model import GPT, IGNORE, derive_seed
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ResidentEngine:
@@ -37,20 +34,17 @@ class ResidentEngine:
         self._place()
 
     def load(self, read: Callable[[str], Tensor], updates: int | None) -> None:
-        def fetch(name: str, parameter: Tensor) -> Tensor:
-            if (tensor := read(name)).shape != parameter.shape:
-                shapes = f"{list(tensor.shape)}, the model's is {list(parameter.shape)}"
-                raise UserError(f"{name} has shape {shapes}: it is of another model")
-            return tensor
-
         with torch.no_grad():
             for name, parameter in self.master.named_parameters():
-                parameter.copy_(fetch(name, parameter))
+                parameter.copy_(read_tensor(read, name, parameter.shape))
         self._place()
         if updates is not None and self.training:
             self.updates = updates
             for name, parameter in self.master.named_parameters():
-                moments = {m: fetch(f"{m}.{name}", parameter).to(self.device) for m in MOMENTS}
+                moments = {
+                    moment: read_tensor(read, f"{moment}.{name}", parameter.shape).to(self.device)
+                    for moment in MOMENTS
+                }
                 step = torch.tensor(float(updates), device=self.device)
                 self.optimizer.state[parameter] = {"step": step, **moments}
 
@@ -103,7 +97,7 @@ class ResidentEngine:
             master.grad = grad
         norm = torch.nn.utils.get_total_norm(grads).item()
         if np.isfinite(loss) and np.isfinite(norm):
-            torch._foreach_mul_(grads, min(1.0, self.config.max_gradient_norm / (norm + 1e-6)))
+            torch._foreach_mul_(grads, clip_factor(self.config, norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
