@@ -43,6 +43,8 @@ def resolve(config: Configuration, chosen: dict, training: bool = True) -> Confi
         raise UserError("backend: GPU was asked for and there is none; take --backend CPU")
     if config.num_systems > 1:
         raise UserError(f"num_systems: {config.num_systems} is not there yet; take 1")
+    if config.engine == "streaming":
+        return replace(config, backend=backend, precision="bf16", stream_to="disk", recompute=True, activations="device", pass_size=config.batch_size)
     if config.engine not in ("auto", "resident"):
         raise UserError(f"engine: {config.engine} is not there yet; take resident")
 
@@ -75,12 +77,13 @@ def faster_precision(config: Configuration, backend: str) -> str:
     ones were faster in fp32 (docs/log.md)."""
     if backend == "GPU":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if config.width >= 512 and has_amx() else "fp32"
+    return "bf16" if config.width >= 512 and has_bf16_units() else "fp32"
 
 
-def has_amx() -> bool:
+def has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (torch 2.4 can't tell: no)."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    units = getattr(torch.cpu, "get_capabilities", dict)()
+    return units.get("amx_bf16", False) or units.get("avx512_bf16", False)
 
 
 def largest_micro_batch(config: Configuration, training: bool) -> int:

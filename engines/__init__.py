@@ -1,5 +1,6 @@
 """The seam between the loop and what runs a step: every engine offers the same few methods."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,7 @@ from torch import Tensor
 from configuration import Configuration
 from errors import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 Batches = Callable[[int, int], object]  # (rank, world) -> indexed by step: (ids, targets) of int64
 
 
@@ -69,6 +71,8 @@ def read_tensor(read: Callable[[str], Tensor], name: str, shape: torch.Size) -> 
 
 def open_engine(config: Configuration, training: bool = True) -> Engine:
     """The engine of a resolved configuration; without `training` it holds weights only."""
+    if config.backend == "CPU":
+        _keep_freed_memory()
     if config.engine == "streaming":
         from engines.streaming import StreamingEngine
 
@@ -78,3 +82,12 @@ def open_engine(config: Configuration, training: bool = True) -> Engine:
 
         return ResidentEngine(config, training)
     raise UserError(f"engine {config.engine} is not there yet")
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep memory that is freed: given back to the system after each tensor, it comes back
+    as page faults, which took a third of a step (docs/log.md). Larger arrays would leave holes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**28)
+        mallopt(M_TRIM_THRESHOLD, -1)

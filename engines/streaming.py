@@ -11,6 +11,8 @@ On a GPU each has a stream of its own; on a CPU streams and events do nothing.
 """
 
 import math
+import mmap
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ from model import GPT, IGNORE, derive_seed
 AHEAD = 2  # chunks that are read, or on their way to the device, while one is worked on
 ALIGNMENT = 64  # numbers: where a parameter may start in its unit's array
 PREFIXES = ("", *(f"{moment}." for moment in MOMENTS))  # of names, by row in the store
-INIT_BYTES = 8e9  # of units that are drawn at a time
+INIT_BYTES = 4e9  # of units that are drawn at a time
 
 
 @dataclass
@@ -113,14 +115,14 @@ class StreamingEngine:
     def initialize(self) -> None:
         def draw(unit: str) -> None:
             module, layout = self.modules[unit], self.layouts[unit]
-            weights = torch.zeros(layout.size)
+            weights = Array(layout.size).tensor
             _mount(module, layout.views(weights))
             self.model.init_unit(unit, self.config.seed)
             self._put(unit, WEIGHT, weights)
             module.to("meta")
 
         at_a_time = INIT_BYTES // (4 * max(layout.size for layout in self.layouts.values()))
-        with ThreadPoolExecutor(int(max(1, min(16, at_a_time)))) as pool:
+        with ThreadPoolExecutor(max(1, min(os.cpu_count(), int(at_a_time)))) as pool:
             list(pool.map(draw, self.modules))
         self._place()
 
@@ -128,7 +130,7 @@ class StreamingEngine:
         with_moments = updates is not None and self.training
         for unit, layout in self.layouts.items():
             for row, prefix in enumerate(PREFIXES if with_moments else PREFIXES[:1]):
-                flat = torch.zeros(layout.size)
+                flat = Array(layout.size).tensor
                 for name, view in layout.views(flat).items():
                     view.copy_(read_tensor(read, f"{prefix}{unit}.{name}", view.shape))
                 self._put(unit, slice(row, row + 1), flat)
@@ -140,10 +142,9 @@ class StreamingEngine:
         only while the unit is there."""
         self.weights = {}
         for unit, layout in self.layouts.items():
-            flat = torch.empty(layout.size, dtype=self.dtype, device=self.device)
-            _mount(self.modules[unit], layout.views(flat))
-            self.weights[unit] = flat.data  # writes do not count as changes under a kept graph
-            flat.untyped_storage().resize_(0)
+            self.weights[unit] = Array(layout.size, self.dtype, self.device)
+            _mount(self.modules[unit], layout.views(self.weights[unit].tensor))
+            self.weights[unit].free()
 
     def _put(self, unit: str, kind: slice, flat: Tensor) -> None:
         for index, (begin, end) in enumerate(self.store.spans(unit)):
@@ -159,7 +160,7 @@ class StreamingEngine:
                 self._release(unit)
             self.store.settle(unit)
             for row, prefix in enumerate(PREFIXES):
-                flat = torch.empty(layout.size)
+                flat = Array(layout.size).tensor
                 for index, chunk in enumerate(self._read(unit, slice(row, row + 1))):
                     flat[slice(*self.store.spans(unit)[index])] = chunk.data[0]
                     self.store.give_back(chunk, self.streams.Event())
@@ -186,8 +187,7 @@ class StreamingEngine:
         """Has a unit fetched, and updated if an update is pending."""
         if unit in self.fetches:
             return
-        weights = self.weights[unit]
-        weights.untyped_storage().resize_(weights.numel() * weights.element_size())
+        self.weights[unit].allocate()
         allocated = record(self.streams, self.streams.current_stream())
         update = self.update if unit in self.stale else None
         self.stale.discard(unit)
@@ -195,7 +195,7 @@ class StreamingEngine:
 
     def _release(self, unit: str) -> None:
         self.fetches.pop(unit).result()
-        self.weights[unit].untyped_storage().resize_(0)
+        self.weights[unit].free()
 
     def _read(self, unit: str, kinds: slice) -> Iterator:
         """The chunks of a unit, read ahead."""
@@ -210,7 +210,7 @@ class StreamingEngine:
     def _fetch(self, unit: str, update: Update | None, allocated: object) -> object:
         """Brings the weights to the device, chunk by chunk, after their update if there is one.
         Returns the event after which they are there."""
-        weights, decaying = self.weights[unit], self.layouts[unit].decaying
+        weights, decaying = self.weights[unit].tensor.data, self.layouts[unit].decaying
         self.store.settle(unit)
         self.inward.wait_event(allocated)
         ready, moving = allocated, deque()
@@ -386,7 +386,7 @@ class StreamingEngine:
         flats = {}
         for unit in units:
             layout, module = self.layouts[unit], self.modules[unit]
-            flats[unit] = torch.zeros(layout.size, device=self.device)
+            flats[unit] = Array(layout.size, device=self.device).tensor
             for name, view in layout.views(flats[unit]).items():
                 module.get_parameter(name).grad = view
         yield
@@ -427,6 +427,39 @@ class StreamingEngine:
         self.store.close()
         for thread in (self.fetcher, self.taker):
             thread.shutdown(cancel_futures=True)
+
+
+class Array:
+    """A flat array of zeros whose memory can be freed, and had again, under the views of it. What
+    it then holds is undefined.
+
+    On a CPU it is mapped on its own, in huge pages: as large as these arrays are, they would leave
+    holes in the heap, and take long to be given in small pages (docs/log.md).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ):
+        self.bytes, self.memory = size * dtype.itemsize, None
+        if device.type == "cpu":
+            self.memory = mmap.mmap(-1, self.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+            self.tensor = torch.frombuffer(self.memory, dtype=dtype)
+        else:
+            self.tensor = torch.zeros(size, dtype=dtype, device=device)
+
+    def free(self) -> None:
+        if self.memory is not None:
+            self.memory.madvise(mmap.MADV_DONTNEED)
+        else:
+            self.tensor.untyped_storage().resize_(0)
+
+    def allocate(self) -> None:
+        if self.memory is None:
+            self.tensor.untyped_storage().resize_(self.bytes)
 
 
 class Inputs:
