@@ -106,11 +106,12 @@ _POSITIVE = (
 MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
 
 
-def parse_configuration(description: str, *switches: str) -> tuple[Configuration, set[str]]:
+def parse_configuration(description: str, **more: type) -> tuple[Configuration, dict]:
     """Reads `CONFIG [--key value ...]` from the command line.
 
-    Returns the configuration and those of the `switches` (options without a value) that were given.
-    Raises UserError for an unknown key (with the nearest known one) or a value of the wrong type.
+    Returns the configuration and the values of `more`, options by name and type that are not of it:
+    None, or False for a bool, which takes no value, where they are not given. Raises UserError for
+    an unknown key (with the nearest known one) or a value of the wrong type.
     """
     arguments = sys.argv[1:]
     parser = ArgumentParser(
@@ -121,8 +122,9 @@ def parse_configuration(description: str, *switches: str) -> tuple[Configuration
         print_config=None,
     )
     parser.add_argument("--config", action="config", help="the CONFIG; its keys are these:")
-    for switch in switches:
-        parser.add_argument(f"--{switch}", action="store_true")
+    for name, kind in more.items():
+        form = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{name}", **form)
     parser.add_class_arguments(Configuration)
     if {"-h", "--help"} & set(arguments):
         parser.parse_args(["--help"])
@@ -130,10 +132,10 @@ def parse_configuration(description: str, *switches: str) -> tuple[Configuration
         raise UserError("the first argument is a configuration, such as configs/demo.yaml")
     path, overrides = arguments[0], arguments[1:]
     _check_keys([key for key in read_yaml(path)], f"{path}: ")
-    _check_keys([a[2:].split("=")[0] for a in overrides if a.startswith("--")], "--", *switches)
+    _check_keys([a[2:].split("=")[0] for a in overrides if a.startswith("--")], "--", *more)
     try:
         values = vars(parser.parse_args(["--config", path, *overrides]))
-        given = {switch for switch in switches if values.pop(switch)}
+        given = {name: values.pop(name) for name in more}
         del values["config"]
         return Configuration(**values), given
     except (ArgumentError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import closing
 from functools import partial
 
 import plan
@@ -14,25 +15,25 @@ from resume import check_tokenizer, find_checkpoint
 
 
 def main() -> None:
-    config, switches = parse_configuration("Evaluate a checkpoint.", "json")
+    config, more = parse_configuration("Evaluate a checkpoint.", json=bool)
     checkpoint = find_checkpoint(config)
     if checkpoint is None:
         raise UserError("which checkpoint? add --checkpoint_path model_dir/checkpoint_10.mdl, say")
     config = with_model(config, model_config(checkpoint.config))
-    config = plan.resolve(config, {}, training=False)
+    config = plan.resolve(config, {}, training=False).config
     data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
     batches = partial(EvalBatches, *data, config.eval_batches)
     tokens = batches(0, 1).tokens
     check_tokenizer(checkpoint, tokens)
-    engine = open_engine(config, training=False)
-    engine.load(checkpoint.read, None)
-    loss_sum, count = engine.evaluate(batches, watch)
+    with closing(open_engine(config, training=False)) as engine:
+        engine.load(checkpoint.read, None)
+        loss_sum, count = engine.evaluate(batches, watch)
     loss = loss_sum / count
     result = {"step": checkpoint.step, "loss": loss, "perplexity": perplexity(loss)}
     result["tokens"] = count
     if size := tokens.meta.get("bytes", {}).get("val"):
         result["bits_per_byte"] = loss * tokens.count / size / math.log(2)
-    if "json" in switches:
+    if more["json"]:
         print(json.dumps(result))
     else:
         print(" | ".join(f"{key} {value:,.6g}" for key, value in result.items()))

@@ -1,39 +1,85 @@
-"""Arithmetic over a configuration and a machine: what fits, and how a run is cut."""
+"""What a run will take, before anything is allocated: python plan.py CONFIG [--key value ...]
 
-import os
-import re
-import time
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
+Which engine, how the step is cut, bytes in each tier, seconds a step and days to the end; and where
+it does not fit, what is missing and what would fit. The arithmetic is explained in
+docs/streaming.md, and bench/plan.py holds it against what was measured.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil, log2
 
 import torch
 
-from configuration import Configuration
-from errors import UserError
-from model import count_parameters
+from configuration import MODEL_KEYS, Configuration, parse_configuration
+from engines.store import BUFFERS, CHUNK
+from errors import UserError, command
+from machine import Machine, has_bf16_units, named_machine, parse_bytes, this_machine
+from model import GPT, GPTConfig
 
 MOST_TOKENS = {"CPU": 2048, "GPU": 32768}  # in a micro-batch: more is hardly faster
-
-# Dense bf16 tensor-core peaks in FLOP/s, from the vendor's data sheets.
-PUBLISHED_PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}
+# Of the rate of its matrix products a whole step reaches (CPU: docs/log.md; GPU: the 49 to 60% of
+# llm.c and KempnerForge, both in the project's DESIGN.md)
+EFFICIENCY = {"CPU": 0.7, "GPU": 0.5}
+# A logit: itself, its log-softmax and two gradients in fp32, in bf16 itself and one gradient too. On
+# a CPU as the heap grew when it kept what was freed (docs/log.md)
+LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 32, ("CPU", "bf16"): 24}
+ENGINES = ("resident", "streaming")
+STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
+TIERS = ("device", "host", "disk")
 
 
-def resolve(config: Configuration, chosen: dict, training: bool = True) -> Configuration:
-    """Replaces every `auto` and the open micro-batch.
+@dataclass
+class Plan:
+    """How a configuration would run on a machine. `lacks` says in which tiers it does not fit."""
+
+    config: Configuration
+    machine: Machine
+    bytes: dict[str, int]  # needed, by tier; on a CPU the device's are the host's
+    inward: int  # bytes that a step brings to the device
+    outward: int  # and takes from it
+    compute: float  # seconds of a step
+    transfer: float
+
+    @property
+    def has(self) -> dict[str, int]:
+        return {tier: getattr(self.machine, tier) for tier in TIERS}
+
+    @property
+    def lacks(self) -> dict[str, int]:
+        """Missing bytes by tier."""
+        return {t: n - self.has[t] for t, n in self.bytes.items() if n > self.has[t]}
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: what moves and what computes overlap but for a tenth."""
+        longer, shorter = max(self.compute, self.transfer), min(self.compute, self.transfer)
+        return longer + 0.1 * shorter
+
+    @property
+    def limit(self) -> str:
+        return "transfer" if self.transfer > self.compute else "compute"
+
+    @property
+    def days(self) -> float:
+        return self.seconds * self.config.num_steps / 86400
+
+
+def resolve(config: Configuration, chosen: dict, training: bool = True) -> Plan:
+    """The plan of a run on this machine; its config has every `auto` replaced.
 
     `chosen` holds what an earlier part of the run chose, which is kept. Raises UserError for what
     this machine doesn't have, what is not built yet, and what does not fit.
     """
+    config = resolve_device(config, chosen)
+    micro_batch = chosen.get("micro_batch_size") if config.micro_batch_size is None else None
+    return best_plan(config, this_machine(config), micro_batch, training)
+
+
+def resolve_device(config: Configuration, chosen: dict) -> Configuration:
+    """Replaces `auto` in backend and precision."""
     backend = config.backend
     if backend == "auto":
         backend = "GPU" if torch.cuda.is_available() else "CPU"
@@ -43,33 +89,12 @@ def resolve(config: Configuration, chosen: dict, training: bool = True) -> Confi
         raise UserError("backend: GPU was asked for and there is none; take --backend CPU")
     if config.num_systems > 1:
         raise UserError(f"num_systems: {config.num_systems} is not there yet; take 1")
-    if config.engine == "streaming":
-        return replace(config, backend=backend, precision="bf16", stream_to="disk", recompute=True, activations="device", pass_size=config.batch_size)
-    if config.engine not in ("auto", "resident"):
-        raise UserError(f"engine: {config.engine} is not there yet; take resident")
-
+    if config.engine not in ("auto", *ENGINES):
+        raise UserError(f"engine: {config.engine} is not there yet; take {' or '.join(ENGINES)}")
     precision = config.precision
     if precision == "auto":
         precision = chosen.get("precision") or faster_precision(config, backend)
-    config = replace(config, backend=backend, engine="resident", precision=precision)
-    fits = largest_micro_batch(config, training)
-    if config.micro_batch_size is not None and config.micro_batch_size > fits:
-        raise UserError(
-            f"micro_batch_size: {config.micro_batch_size} sequences do not fit in memory, {fits} do"
-        )
-    fast = max(1, MOST_TOKENS[backend] // config.sequence_length)
-    size = config.micro_batch_size or min(chosen.get("micro_batch_size") or fast, fits)
-    return replace(config, micro_batch_size=min(size, config.batch_size))
-
-
-def describe(config: Configuration) -> str:
-    """What a resolved configuration is about to run, in a line."""
-    micro_batches = -(-config.batch_size // config.micro_batch_size)
-    return (
-        f"{count_parameters(config):,} parameters, {config.engine} on {config.backend}, "
-        f"{config.precision}, {config.batch_size * config.sequence_length:,} tokens a step in "
-        f"{micro_batches} micro-batches of {config.micro_batch_size} × {config.sequence_length}"
-    )
+    return replace(config, backend=backend, precision=precision)
 
 
 def faster_precision(config: Configuration, backend: str) -> str:
@@ -80,31 +105,176 @@ def faster_precision(config: Configuration, backend: str) -> str:
     return "bf16" if config.width >= 512 and has_bf16_units() else "fp32"
 
 
-def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (torch 2.4 can't tell: no)."""
-    units = getattr(torch.cpu, "get_capabilities", dict)()
-    return units.get("amx_bf16", False) or units.get("avx512_bf16", False)
+def best_plan(
+    config: Configuration, machine: Machine, micro_batch: int | None = None, training: bool = True
+) -> Plan:
+    """The first engine that fits, cut so that a step is shortest. Raises UserError where none does,
+    with what is missing. micro_batch: the size to take if nothing else is asked for and it fits."""
+    plans = engine_plans(config, machine, micro_batch, training)
+    if (plan := first_fitting(plans)) is None:
+        raise UserError(refusal(config, plans, training))
+    return plan
 
 
-def largest_micro_batch(config: Configuration, training: bool) -> int:
-    """As many sequences as memory holds."""
-    limit = memory_limit(config)
-    fixed = state_bytes(config, training) + head_bytes(config)
-    sequence = activation_bytes(config) // (1 if training else config.depth)
-    if fixed + sequence > limit:
-        extra = "their gradients, optimizer and" if training else "the activations of"
-        raise UserError(
-            f"this model does not fit: {count_parameters(config):,} parameters need "
-            f"{(fixed + sequence) / 1e9:,.1f} GB with {extra} one sequence, and there are "
-            f"{limit / 1e9:,.1f} GB; take a smaller configuration or a larger machine"
-        )
-    return (limit - fixed) // sequence
+def engine_plans(
+    config: Configuration, machine: Machine, micro_batch: int | None = None, training: bool = True
+) -> list[Plan]:
+    """The best plan of each engine that may be taken, the preferred first."""
+    engines = ENGINES if config.engine == "auto" else (config.engine,)
+    return [
+        engine_plan(replace(config, engine=engine), machine, micro_batch, training)
+        for engine in engines
+    ]
 
 
-def state_bytes(config: Configuration, training: bool = True) -> int:
-    """fp32 weights, in training gradients and two moments too, in bf16 the copy that computes."""
-    each = (16 if training else 4) + (2 if config.precision == "bf16" else 0)
-    return count_parameters(config) * each
+def first_fitting(plans: list[Plan]) -> Plan | None:
+    return next((plan for plan in plans if not plan.lacks), None)
+
+
+def engine_plan(
+    config: Configuration, machine: Machine, micro_batch: int | None, training: bool
+) -> Plan:
+    """The fastest plan of one engine, or the one that lacks least."""
+    plans = [
+        make_plan(cut, machine, training) for cut in cuts(config, machine, micro_batch, training)
+    ]
+    fitting = [plan for plan in plans if not plan.lacks]
+    if not fitting:
+        return least_lacking(plans)
+    best = min(plan.seconds for plan in fitting)
+    fast = [plan for plan in fitting if plan.seconds <= 1.02 * best]
+    return min(fast, key=lambda plan: sum(plan.bytes.values()))
+
+
+def cuts(
+    config: Configuration, machine: Machine, micro_batch: int | None, training: bool
+) -> Iterator[Configuration]:
+    """The ways in which an engine could cut the step, each with the largest micro-batch."""
+    fast = max(1, MOST_TOKENS[machine.backend] // config.sequence_length)
+    wanted = min(config.micro_batch_size or micro_batch or fast, config.batch_size)
+    smallest = wanted if config.micro_batch_size else 1
+    for shape in shapes(config, machine, training):
+        size = wanted
+        while True:
+            cut = largest_pass(replace(shape, micro_batch_size=size), machine, training)
+            if size == smallest or not make_plan(cut, machine, training).lacks:
+                break
+            size = max(smallest, size // 2)
+        yield cut
+
+
+def shapes(config: Configuration, machine: Machine, training: bool) -> Iterator[Configuration]:
+    """Where the streaming engine may keep what; the resident one has no choice."""
+
+    def choices(key: str, *values: object) -> tuple:
+        return values if getattr(config, key) == "auto" else (getattr(config, key),)
+
+    if config.engine == "resident":
+        yield config
+        return
+    for stream_to in choices("stream_to", "ram", "disk"):
+        for recompute in choices("recompute", False, True) if training else (True,):
+            keeping = ("device", "host") if recompute and machine.backend == "GPU" else ("device",)
+            for activations in choices("activations", *keeping):
+                keys = {"stream_to": stream_to, "recompute": recompute, "activations": activations}
+                yield replace(config, **keys)
+
+
+def largest_pass(config: Configuration, machine: Machine, training: bool) -> Configuration:
+    """As few passes as memory allows; one micro-batch at a time where it allows none."""
+    if config.engine == "resident":
+        return config
+    micro_batches = -(-config.batch_size // config.micro_batch_size)
+    passes = range(1, micro_batches + 1) if config.pass_size is None else ()
+    for size in (-(-micro_batches // count) * config.micro_batch_size for count in passes):
+        cut = replace(config, pass_size=size)
+        if not make_plan(cut, machine, training).lacks:
+            return cut
+    whole = (config.pass_size or 1) // config.micro_batch_size * config.micro_batch_size
+    return replace(config, pass_size=max(whole, config.micro_batch_size))
+
+
+def make_plan(config: Configuration, machine: Machine, training: bool = True) -> Plan:
+    """The plan of a configuration in which all is chosen."""
+    needs = resident_bytes if config.engine == "resident" else streaming_bytes
+    inward, outward = moved_bytes(config)
+    compute = step_flops(config) / (EFFICIENCY[machine.backend] * machine.products)
+    # each parameter's state is read and written once, whoever does it
+    compute += 2 * STATE_BYTES * count(config) / machine.bandwidth
+    read, write = inward / machine.link, outward / machine.link
+    if config.engine == "streaming" and config.stream_to == "disk":
+        read, write = max(read, inward / machine.read), max(write, outward / machine.write)
+        if machine.backend == "CPU":  # one drive does both, and a CPU's link is its own memory
+            read, write = inward / machine.read + outward / machine.write, 0.0
+    tiers = {tier: int(number) for tier, number in needs(config, machine, training).items()}
+    return Plan(config, machine, tiers, inward, outward, compute, max(read, write))
+
+
+# Bytes, by tier
+
+
+@lru_cache(maxsize=16)
+def _sizes(model: tuple) -> tuple[int, int, int]:
+    with torch.device("meta"):
+        units = GPT(GPTConfig(**dict(model))).units()
+    numbers = {name: sum(p.numel() for p in unit.parameters()) for name, unit in units.items()}
+    blocks = [number for name, number in numbers.items() if name.startswith("decoder.")]
+    return sum(numbers.values()) - sum(blocks), max(blocks), sum(blocks)
+
+
+def sizes(config: GPTConfig) -> tuple[int, int, int]:
+    """Parameters outside the blocks, in the largest block, and in all blocks."""
+    return _sizes(tuple((key, getattr(config, key)) for key in MODEL_KEYS))
+
+
+def count(config: GPTConfig) -> int:
+    outside, _, blocks = sizes(config)
+    return outside + blocks
+
+
+def resident_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
+    size = config.micro_batch_size
+    each = (STATE_BYTES if training else 4) + (2 if config.precision == "bf16" else 0)
+    model = count(config) * each
+    activations = size * activation_bytes(config) / (1 if training else config.depth)
+    device = model + activations + head_bytes(config, training)
+    return _tiers(machine, device, 0, 0)
+
+
+def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
+    """The largest of what the phases of a step need (docs/streaming.md)."""
+    outside, block, _ = sizes(config)
+    number = 2 if config.precision == "bf16" else 4
+    two = min(2, config.depth) * block
+    boundary = config.pass_size * config.sequence_length * config.width * number
+    one = activation_bytes(config) / config.depth * config.micro_batch_size
+    matrix = 4 * config.width**2 * (number + (4 if number == 2 else 0))  # a matrix's own gradient
+    inputs, kept = 0, 0
+    if training and config.recompute:
+        inputs = config.depth * boundary
+    elif training:
+        kept = config.pass_size * activation_bytes(config)
+    on_device = kept + (inputs if config.activations == "device" else 0)
+    phases = [
+        number * max(two, outside + block) + 2 * boundary + (0 if kept else one) + on_device,
+        number * (outside + block) + head_bytes(config, training) + 2 * boundary + on_device,
+    ]
+    if training:
+        gradients = 4 * max(two, outside + block)
+        phases[1] += 4 * outside
+        phases.append(number * two + gradients + boundary + one + matrix + on_device)
+    buffers = BUFFERS * 4 * min(CHUNK, max(block, outside)) * (4 if training else 1)
+    state = count(config) * (STATE_BYTES if training else 4)
+    host = config.depth * 2 ** ceil(log2(boundary)) if config.activations == "host" else 0
+    host += state if config.stream_to == "ram" else buffers
+    device = max(phases) + (buffers if machine.backend == "GPU" else 0)
+    return _tiers(machine, device, host, state if config.stream_to == "disk" else 0)
+
+
+def _tiers(machine: Machine, device: float, host: float, disk: float) -> dict[str, float]:
+    if machine.backend == "GPU":
+        return {"device": device, "host": host + machine.program, "disk": disk}
+    return {"device": device + host + machine.program, "host": 0, "disk": disk}
 
 
 def activation_bytes(config: Configuration) -> int:
@@ -125,58 +295,215 @@ def activation_bytes(config: Configuration) -> int:
     return config.depth * block
 
 
-def head_bytes(config: Configuration) -> int:
-    """The logits of 1,024 positions in fp32, their log-softmax and their gradient, and the
-    gradient of the embedding from a chunk, from all chunks, and from the lookup."""
-    return 3 * 4 * 1024 * config.vocab_size + 3 * 4 * config.vocab_size * config.width
+def head_bytes(config: Configuration, training: bool = True) -> int:
+    """The logits of 1,024 positions with what their loss takes, and the gradient of the embedding
+    from a chunk, from all chunks, and from the lookup."""
+    rows = min(GPT.loss_rows, config.sequence_length * config.micro_batch_size)
+    logits = LOGIT_BYTES[config.backend, config.precision] * rows * config.vocab_size
+    return logits + (3 * 4 * config.vocab_size * config.width if training else 0)
 
 
-def memory_limit(config: Configuration) -> int:
-    """Bytes the run may use: memory_limit, or what the GPU, the machine or its container has."""
-    if config.memory_limit is not None:
-        return parse_bytes(config.memory_limit)
-    if config.backend == "GPU":
-        return int(0.95 * torch.cuda.mem_get_info()[0])  # free now, less what fragments
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    if Path("/proc/self/cgroup").is_file():  # Linux; a line `0::/path` names the group
-        group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
-        folder = Path("/sys/fs/cgroup", group.lstrip("/"))
-        for path in (parent / "memory.max" for parent in (folder, *folder.parents)):
-            if path.is_file() and path.read_text().strip().isdigit():
-                limits.append(int(path.read_text()))
-    return min(limits)
+# Work
 
 
-def parse_bytes(text: str) -> int:
-    """'20GB' -> 20_000_000_000; raises UserError for what is not a size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text)
-    if match is None:
-        raise UserError(f"memory_limit: {text} is not a size such as 20GB or 16GiB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** ("KMGT".index(match[2]) + 1))
-
-
-@cache
-def peak_flops(backend: str, precision: str) -> float:
-    """FLOP/s of matrix products: the published peak of a known GPU, else measured here, now."""
-    if backend == "GPU" and precision == "bf16":
-        name = torch.cuda.get_device_name(0)
-        for known, peak in PUBLISHED_PEAKS.items():
-            if re.search(rf"\b{known}\b", name):
-                return peak
-    device = "cuda" if backend == "GPU" else "cpu"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    size = 8192 if backend == "GPU" else 1024
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    best, spent = float("inf"), 0.0
-    while spent < 0.4:
-        begin = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        took = time.perf_counter() - begin
-        best, spent = min(best, took), spent + took
-    return 2 * size**3 / best
+def step_flops(config: Configuration) -> float:
+    """Floating-point operations of a step: 2 a parameter and token forward, and attention's own (on
+    average half of the positions are seen: 2 · length · width a token and block), twice that
+    backward, and the blocks once more if they are computed again."""
+    tokens = config.batch_size * config.sequence_length
+    attention = 2 * config.sequence_length * config.width * config.depth
+    blocks = 2 * sizes(config)[2] + attention
+    again = blocks if config.engine == "streaming" and config.recompute else 0
+    return tokens * (3 * (2 * count(config) + attention) + again)
 
 
 def flops_per_token(config: Configuration) -> int:
     """Of training: 6 a parameter (Kaplan et al. 2020, 2.1), without attention's own products."""
-    return 6 * count_parameters(config)
+    return 6 * count(config)
+
+
+def moved_bytes(config: Configuration) -> tuple[int, int]:
+    """Bytes that a step of the streaming engine brings to the device and takes from it: in the
+    forward pass the state with its update, 16 in and 12 out a parameter; backward the weight in and
+    the gradient out, 4 and 4. The embedding comes three times and has two gradients, the last block
+    stays where it is, and each further pass brings weights and adds to gradients."""
+    if config.engine == "resident":
+        return 0, 0
+    outside, block, blocks = sizes(config)
+    passes = -(-config.batch_size // config.pass_size)
+    weights = blocks + outside + outside + (blocks - block) + outside
+    gradients = blocks + 2 * outside
+    inward = 12 * (blocks + outside) + passes * 4 * weights
+    inward += 4 * (passes * gradients - blocks - outside)  # what is added to
+    return inward, 12 * (blocks + outside) + passes * 4 * gradients
+
+
+# What is told
+
+
+def size_text(number: float) -> str:
+    """12_853_386_240 -> '12.85 GB'."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number / 1e6:.1f} MB"
+
+
+def time_text(seconds: float) -> str:
+    """90 -> '90 s', 9000 -> '2.5 h', 900000 -> '10.4 days'."""
+    for unit, name in ((86400, "days"), (3600, "h")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def refusal(config: Configuration, plans: list[Plan], training: bool) -> str:
+    """Why nothing fits, and what would."""
+    plan = least_lacking(plans)
+    for key in ("micro_batch_size", "pass_size"):
+        if (asked := getattr(config, key)) is not None:
+            smaller = engine_plans(replace(config, **{key: None}), plan.machine, None, training)
+            if (fitting := first_fitting(smaller)) is not None:
+                fits = getattr(fitting.config, key)
+                return f"{key}: {asked} sequences do not fit in memory, {fits} do"
+    needs = " and ".join(
+        f"{size_text(plan.bytes[tier])} {TIER_NAMES[tier]} where there are "
+        f"{size_text(plan.has[tier])}"
+        for tier in plan.lacks
+    )
+    depth = deepest(config, plan.machine, training)
+    return (
+        f"this model does not fit: with the {plan.config.engine} engine its {count(config):,} "
+        f"parameters need {needs}; "
+        + (f"--depth {depth} would fit" if depth else "not even --depth 1 would fit")
+    )
+
+
+def least_lacking(plans: list[Plan]) -> Plan:
+    return min(plans, key=lambda plan: sum(plan.lacks.values()))
+
+
+def deepest(config: Configuration, machine: Machine, training: bool) -> int:
+    """The greatest depth below the configuration's that fits, by bisection; 0 if none does."""
+    low, high = 0, config.depth
+    while high - low > 1:
+        middle = (low + high) // 2
+        plans = engine_plans(replace(config, depth=middle), machine, None, training)
+        low, high = (low, middle) if first_fitting(plans) is None else (middle, high)
+    return low
+
+
+def describe(plan: Plan) -> str:
+    """A plan that fits, in a few lines."""
+    config, lines = plan.config, []
+    micro_batches = -(-config.batch_size // config.micro_batch_size)
+    lines.append(
+        f"{count(config):,} parameters, {config.engine} on {config.backend}, {config.precision}, "
+        f"{config.batch_size * config.sequence_length:,} tokens a step in {micro_batches} "
+        f"micro-batches of {config.micro_batch_size} × {config.sequence_length}"
+    )
+    if config.engine == "streaming":
+        passes = -(-config.batch_size // config.pass_size)
+        lines.append(
+            f"weights and optimizer on {config.stream_to}: a step "
+            f"{'reads' if config.stream_to == 'disk' else 'fetches'} {size_text(plan.inward)} and "
+            f"writes {size_text(plan.outward)}, in {passes} pass{'es' * (passes > 1)}; "
+            + ("blocks are computed again backward" if config.recompute else "activations are kept")
+        )
+    tiers = " and ".join(
+        f"{size_text(number)} {TIER_NAMES[tier]} of {size_text(plan.has[tier])}"
+        for tier, number in plan.bytes.items()
+        if number
+    )
+    lines.append(
+        f"takes {tiers}; about {time_text(plan.seconds)} a step, "
+        f"{time_text(plan.seconds * config.num_steps)} for {config.num_steps:,} steps"
+    )
+    return "\n".join(lines)
+
+
+TIER_NAMES = {"device": "of memory", "host": "of host memory", "disk": "of disk"}
+
+
+def table(plans: list[Plan], machine: Machine) -> Iterator[str]:
+    """What `python plan.py` prints."""
+    config = plans[0].config
+    tokens = config.batch_size * config.sequence_length
+    flops = flops_per_token(config) * tokens
+    yield f"{count(config):,} parameters, {tokens:,} tokens and {flops:.3e} FLOPs a step"
+    yield (
+        f"on {machine.name} ({config.precision}): {machine.products / 1e12:,.2f} TFLOP/s, memory "
+        f"{machine.bandwidth / 1e9:,.0f}, link {machine.link / 1e9:,.0f}, disk "
+        f"{machine.read / 1e9:.1f} read and {machine.write / 1e9:.1f} written GB/s"
+    )
+    yield ""
+    has = (size_text(getattr(machine, tier)) for tier in TIERS)
+    yield _row("", *TIERS, "step", "whole run")
+    yield _row("there is", *has)
+    for plan in plans:
+        times = (time_text(plan.seconds), time_text(plan.seconds * config.num_steps))
+        lacks = (f"{size_text(n)} {TIER_NAMES[tier]}" for tier, n in plan.lacks.items())
+        fits = "  lacks " + " and ".join(lacks) if plan.lacks else ""
+        yield _row(plan.config.engine, *(size_text(plan.bytes[t]) for t in TIERS), *times) + fits
+    yield ""
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"{name:<10}" + "".join(f"{cell:>18}" for cell in cells)
+
+
+def main() -> None:
+    options = dict.fromkeys(("device", "device_memory", "host_memory", "disk"), str)
+    config, more = parse_configuration("Plan a run.", json=bool, **options)
+    given = {
+        tier: parse_bytes(text, option)
+        for tier, option in (("device", "device_memory"), ("host", "host_memory"), ("disk", "disk"))
+        if (text := more[option]) is not None
+    }
+    if more["device"] is not None:
+        precision = "bf16" if config.precision == "auto" else config.precision
+        config = replace(config, backend="GPU", precision=precision)
+        machine = named_machine(more["device"], config)
+    else:
+        config = resolve_device(config, {})
+        machine = this_machine(config)
+    machine = replace(machine, **given)
+    plans = engine_plans(config, machine)
+    plan = first_fitting(plans) or least_lacking(plans)
+    if more["json"]:
+        print(json.dumps(summary(plan)))
+        return
+    for line in table(plans, machine):
+        print(line)
+    if plan.lacks:
+        print(refusal(config, plans, training=True))
+        return
+    print(describe(plan))
+    print(
+        f"{plan.limit} is the limit: a step computes for {time_text(plan.compute)}, and its data "
+        f"move in {time_text(plan.transfer)}"
+    )
+
+
+def summary(plan: Plan) -> dict:
+    """The plan for other programs."""
+    config = plan.config
+    keys = ("engine", "micro_batch_size", "precision")
+    if config.engine == "streaming":
+        keys += ("stream_to", "recompute", "activations", "pass_size")
+    return {
+        "parameters": count(config),
+        **{key: getattr(config, key) for key in keys},
+        "fits": not plan.lacks,
+        "bytes": plan.bytes,
+        "missing": plan.lacks,
+        "bytes_moved": {"in": plan.inward, "out": plan.outward},
+        "flops_per_step": flops_per_token(config) * config.batch_size * config.sequence_length,
+        "limit": plan.limit,
+        "seconds_per_step": plan.seconds,
+        "days": plan.days,
+    }
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,5 +1,6 @@
 """Trains a GPT: python train.py CONFIG [--key value ...]"""
 
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
@@ -19,7 +20,8 @@ MOST_SKIPPED = 10  # steps in a row that were not finite before training stops
 
 def main() -> None:
     start = find_start(parse_configuration("Train a GPT.")[0])
-    config = plan.resolve(start.config, start.chosen)
+    planned = plan.resolve(start.config, start.chosen)
+    config = planned.config
     out_dir = Path(config.out_dir)
 
     data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
@@ -30,54 +32,50 @@ def main() -> None:
     start.check_data(tokens)
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    with lock(out_dir), StopSignals() as signals:
+    with lock(out_dir), StopSignals() as signals, ExitStack() as stack:
         remove_unfinished(out_dir)
         write_configuration(config, out_dir / "config.yaml")
-        say(plan.describe(config))
-        engine = open_engine(config)
+        say(plan.describe(planned))
+        engine = stack.enter_context(closing(open_engine(config)))
         if start.read is None:
             engine.initialize()
         else:
             engine.load(start.read, start.updates)
         say(start.origin)
-        peak = plan.peak_flops(config.backend, config.precision)
-        flops = plan.flops_per_token(config)
+        flops, peak = plan.flops_per_token(config), planned.machine.products
         metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak)
+        stack.callback(metrics.close)
 
         def save_checkpoint(step: int) -> None:
             done = {"step": step, "updates": engine.updates, "train_tokens": tokens.count}
             say(f"saved {save(out_dir, engine.state(), done, asdict(config), config.keep)}")
 
         skipped = 0
-        try:
-            for stats in engine.run(train_batches, start.step, config.num_steps, metrics.progress):
-                metrics.log(stats)
-                skipped = 0 if stats.finite else skipped + 1
-                if skipped == MOST_SKIPPED:
-                    raise UserError(
-                        f"stopped at step {stats.step}: {skipped} steps in a row had a loss or "
-                        f"gradient that is not finite; go on from an earlier checkpoint in another "
-                        f"--out_dir, with a lower learning_rate or another seed"
-                    )
-                last = stats.step == config.num_steps
-                saved = last or stats.step % config.checkpoint_steps == 0
-                if saved:
+        for stats in engine.run(train_batches, start.step, config.num_steps, metrics.progress):
+            metrics.log(stats)
+            skipped = 0 if stats.finite else skipped + 1
+            if skipped == MOST_SKIPPED:
+                raise UserError(
+                    f"stopped at step {stats.step}: {skipped} steps in a row had a loss or "
+                    f"gradient that is not finite; go on from an earlier checkpoint in another "
+                    f"--out_dir, with a lower learning_rate or another seed"
+                )
+            last = stats.step == config.num_steps
+            saved = last or stats.step % config.checkpoint_steps == 0
+            if saved:
+                save_checkpoint(stats.step)
+            if last or stats.step % config.eval_steps == 0:
+                loss, count = engine.evaluate(
+                    val_batches, lambda b: takewhile(lambda _: not signals.stop, watch(b))
+                )
+                if not signals.stop:  # else it was cut short
+                    metrics.log_evaluation(stats.step, loss / count)
+            if signals.stop:
+                if not saved:
                     save_checkpoint(stats.step)
-                if last or stats.step % config.eval_steps == 0:
-                    loss, count = engine.evaluate(
-                        val_batches, lambda b: takewhile(lambda _: not signals.stop, watch(b))
-                    )
-                    if not signals.stop:  # else it was cut short
-                        metrics.log_evaluation(stats.step, loss / count)
-                if signals.stop:
-                    if not saved:
-                        save_checkpoint(stats.step)
-                    say(f"stopped at step {stats.step}; --checkpoint_path latest goes on from here")
-                    break
-            metrics.draw()
-        finally:
-            metrics.close()
-            engine.close()
+                say(f"stopped at step {stats.step}; --checkpoint_path latest goes on from here")
+                break
+        metrics.draw()
 
 
 if __name__ == "__main__":

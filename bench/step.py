@@ -56,7 +56,9 @@ def main(width: int = 768, depth: int = 4, tokens: int = 2048, rounds: int = 3) 
 
 
 def batch(config: Configuration) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.random.RandomState(0).randint(0, config.vocab_size, (config.batch_size, 1025))
+    ids = np.random.RandomState(0).randint(
+        0, config.vocab_size, (config.batch_size, config.sequence_length + 1)
+    )
     return ids[:, :-1], ids[:, 1:]
 
 

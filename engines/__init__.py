@@ -85,7 +85,7 @@ def open_engine(config: Configuration, training: bool = True) -> Engine:
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep memory that is freed: given back to the system after each tensor, it comes back
+    """Has glibc keep memory that is freed: given back to the system after each tensor, it returns
     as page faults, which took a third of a step (docs/log.md). Larger arrays would leave holes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -119,7 +119,9 @@ class RamStore(Store):
     def __init__(self, sizes: dict[str, int], kinds: int, pin: bool):
         super().__init__(sizes)
         self.chunks = {
-            unit: [torch.zeros(kinds, end - begin, pin_memory=pin) for begin, end in self.spans(unit)]
+            unit: [
+                torch.zeros(kinds, end - begin, pin_memory=pin) for begin, end in self.spans(unit)
+            ]
             for unit in sizes
         }
 

@@ -3,11 +3,11 @@ disk, and pass through the device a unit at a time.
 
 A step is layer-major: all of its micro-batches go through a unit while its weights are on the
 device, so a weight moves once forward and once backward however large the batch. The global norm
-that clips the gradients is known only when the last of them is, so a unit's AdamW update waits until
-the unit is fetched for the next step's forward pass: no pass over the state is added for it.
+that clips the gradients is known only when the last of them is, so a unit's AdamW update waits
+until the unit is fetched for the next step's forward pass: no pass over the state is added for it.
 
-Three threads share the work: this one computes, one fetches (and updates), one takes gradients away.
-On a GPU each has a stream of its own; on a CPU streams and events do nothing.
+Three threads share the work: this one computes, one fetches (and updates), one takes gradients
+away. On a GPU each has a stream of its own; on a CPU streams and events do nothing.
 """
 
 import math
@@ -81,7 +81,9 @@ class StreamingEngine:
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.streams = torch.get_device_module(self.device)
         self.inward, self.outward = self.streams.Stream(), self.streams.Stream()
-        self.inputs = Inputs(config, self.device, self.dtype)
+        if training and config.recompute:
+            self.inputs = Inputs(config, self.device, self.dtype)
+        self.settled: dict[str, Tensor] = {}
         self.graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         with torch.device("meta"):
             self.model = GPT(config)
@@ -223,12 +225,11 @@ class StreamingEngine:
                     update.apply(data, decaying - begin)
                 weights[begin:end].copy_(data[0])
             done = ready = record(self.streams, self.inward)
-            if update:
-                if data is not chunk.data:  # it is a copy on a GPU
-                    self.outward.wait_event(ready)
-                    with self.streams.stream(self.outward):
-                        chunk.data[STATE].copy_(data[STATE], non_blocking=True)
-                    done = record(self.streams, self.outward)
+            if update and data is not chunk.data:  # a copy on a GPU, which has to go back
+                self.outward.wait_event(ready)
+                with self.streams.stream(self.outward):
+                    chunk.data[STATE].copy_(data[STATE], non_blocking=True)
+                done = record(self.streams, self.outward)
             self.store.give_back(chunk, done, write=STATE if update else None)
             moving.append((data, done))  # what streams use must not be freed before they are done
             if len(moving) > AHEAD:
@@ -304,13 +305,11 @@ class StreamingEngine:
     ) -> Iterator[list[MicroBatch]]:
         size = self.config.micro_batch_size
         per_pass = self.config.pass_size // size
-        micro_batches = [
-            MicroBatch(
-                *(torch.from_numpy(a[begin : begin + size]).to(self.device) for a in (ids, targets)),
-                derive_seed(self.config.seed, step, number),
-            )
-            for number, begin in enumerate(range(0, len(ids), size))
-        ]
+        micro_batches = []
+        for number, begin in enumerate(range(0, len(ids), size)):
+            rows = (torch.from_numpy(a[begin : begin + size]) for a in (ids, targets))
+            seed = derive_seed(self.config.seed, step, number)
+            micro_batches.append(MicroBatch(*(row.to(self.device) for row in rows), seed))
         for begin in range(0, len(micro_batches), per_pass):
             yield micro_batches[begin : begin + per_pass]
 
@@ -322,11 +321,14 @@ class StreamingEngine:
         visits = self._visit([*there, *reversed(self.blocks), self.embedding])
         next(visits)
         with torch.no_grad():
-            hidden = [self._embed(micro_batch) for micro_batch in micro_batches]
+            hidden = [
+                self._settle("hidden", i, self._embed(micro_batch))
+                for i, micro_batch in enumerate(micro_batches)
+            ]
         for layer in range(self.config.depth):
             next(visits)
             for i, micro_batch in enumerate(micro_batches):
-                hidden[i] = self._forward(layer, i, hidden[i].detach(), micro_batch)
+                hidden[i] = self._forward(layer, i, hidden[i], micro_batch)
                 tick(micro_batch.ids, True)
         next(visits)
         losses = []
@@ -335,7 +337,8 @@ class StreamingEngine:
                 x = hidden[i].detach().requires_grad_()
                 losses.append(self.model.loss(x, micro_batch.targets))
                 (losses[-1] / tokens).backward()
-                losses[-1], hidden[i] = losses[-1].detach().double(), x.grad
+                losses[-1] = losses[-1].detach().double()
+                hidden[i] = self._settle("gradient", i, x.grad)
         for layer in reversed(range(self.config.depth)):
             next(visits)
             with self._gradients(self.blocks[layer]):
@@ -360,12 +363,12 @@ class StreamingEngine:
     def _forward(self, layer: int, i: int, x: Tensor, micro_batch: MicroBatch) -> Tensor:
         """A block's output for the i-th micro-batch; keeps its input, or its graph."""
         if self.config.recompute:
-            with torch.no_grad():
-                y = self._block(layer, x, micro_batch)
             self.inputs.put(layer, i, x)
-        else:
-            y = self._block(layer, x.requires_grad_(), micro_batch)
-            self.graphs[layer, i] = (x, y)
+            with torch.no_grad():
+                return self._settle("hidden", i, self._block(layer, x, micro_batch))
+        x = x.detach().requires_grad_()
+        y = self._block(layer, x, micro_batch)
+        self.graphs[layer, i] = (x, y)
         return y
 
     def _backward(self, layer: int, i: int, gradient: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -376,7 +379,18 @@ class StreamingEngine:
         else:
             x, y = self.graphs.pop((layer, i))
         y.backward(gradient)
-        return x.grad
+        return self._settle("gradient", i, x.grad)
+
+    def _settle(self, kind: str, i: int, x: Tensor) -> Tensor:
+        """What outlives its layer. On a CPU it moves out of the heap, where it would leave holes:
+        into an array, in the place of what the layer before left for the i-th micro-batch."""
+        if self.device.type != "cpu" or (kind == "hidden" and not self.config.recompute):
+            return x
+        if kind not in self.settled:
+            shape = (self.config.pass_size, *x.shape[1:])
+            self.settled[kind] = Array(math.prod(shape), self.dtype).tensor.view(shape)
+        begin = i * self.config.micro_batch_size
+        return self.settled[kind][begin : begin + len(x)].copy_(x)
 
     @contextmanager
     def _gradients(self, units: list[str]) -> Iterator[None]:
@@ -463,8 +477,9 @@ class Array:
 
 
 class Inputs:
-    """The inputs of the blocks in a pass: on the device or, with `activations: host`, in (pinned)
-    host memory, from where each is brought back while the one before it is worked on."""
+    """The inputs of the blocks in a pass, in arrays that are made once: on the device or, with
+    `activations: host`, in pinned host memory, from where each is brought back while the one before
+    it is worked on."""
 
     def __init__(self, config: Configuration, device: torch.device, dtype: torch.dtype):
         self.device, self.streams = device, torch.get_device_module(device)
@@ -473,31 +488,34 @@ class Inputs:
         self.stored: dict[tuple[int, int], object] = {}  # the events after which they are
         self.coming: dict[tuple[int, int], tuple[Tensor, object]] = {}
         self.leaving: deque[tuple[Tensor, object]] = deque()
-        self.to_host = config.activations == "host"
-        if self.to_host:
-            rows = (config.pass_size, config.sequence_length, config.width)
-            pin = device.type == "cuda"
-            self.host = [torch.empty(rows, dtype=dtype, pin_memory=pin) for _ in range(config.depth)]
-            self.rows = config.micro_batch_size
+        self.rows, self.on_host = config.micro_batch_size, config.activations == "host"
+        shape = (config.pass_size, config.sequence_length, config.width)
+        if self.on_host and device.type == "cuda":
+            layers = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(config.depth)]
+        else:
+            size = math.prod(shape)
+            layers = [Array(size, dtype, device).tensor.view(shape) for _ in range(config.depth)]
+        self.layers = layers
 
     def put(self, layer: int, i: int, x: Tensor) -> None:
-        if not self.to_host:
-            self.kept[layer, i] = x
+        """Keeps the input of a block for the i-th micro-batch."""
+        place = self.layers[layer][i * self.rows : i * self.rows + len(x)]
+        self.kept[layer, i] = place
+        if not self.on_host:
+            place.copy_(x)
             return
-        begin = i * self.rows
-        place = self.host[layer][begin : begin + len(x)]
         self.outward.wait_event(record(self.streams, self.streams.current_stream()))
         with self.streams.stream(self.outward):
             place.copy_(x, non_blocking=True)
-        self.kept[layer, i], self.stored[layer, i] = place, record(self.streams, self.outward)
+        self.stored[layer, i] = record(self.streams, self.outward)
         self.leaving.append((x, self.stored[layer, i]))
         while self.leaving and self.leaving[0][1].query():  # not to be freed before
             self.leaving.popleft()
 
     def get(self, layer: int, i: int) -> Tensor:
         """Gives back what was put, once."""
-        if not self.to_host:
-            return self.kept.pop((layer, i))
+        if not self.on_host:
+            return self.kept.pop((layer, i)).detach()
         x, there = self.coming.pop((layer, i), None) or self._bring((layer, i))
         if self.kept:
             following = min(self.kept, key=lambda place: (-place[0], place[1]))

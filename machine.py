@@ -1,0 +1,239 @@
+"""What a machine has and how fast it is: this one, measured in a second or two, or a named GPU."""
+
+import json
+import mmap
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from configuration import Configuration
+from errors import UserError
+
+MAX_AGE = 3600  # seconds that measured rates are taken for true
+SAMPLE = 128 * 2**20  # bytes that are copied, written and read to measure
+CUDA_BYTES = 3 * 2**30  # of host memory that a process with CUDA takes before it holds a model
+DRIVE = (6.9e9, 4.1e9)  # bytes/s read and written by a PCIe 4.0 drive (Samsung PM9A3, data sheet)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU by its vendor's data sheet: dense bf16 and fp32 FLOP/s, bytes and bytes/s of its
+    memory, and bytes/s each way between it and the host, as measured over such a link."""
+
+    bf16: float
+    fp32: float
+    memory: float
+    bandwidth: float
+    link: float
+
+
+GEN4, GEN5 = 25e9, 55e9  # PCIe with 16 lanes
+DEVICES = {
+    "h200": Device(989e12, 67e12, 141e9, 4.8e12, GEN5),
+    "h100 pcie": Device(756e12, 51e12, 80e9, 2.0e12, GEN5),
+    "h100 nvl": Device(835e12, 60e12, 94e9, 3.9e12, GEN5),
+    "h100": Device(989e12, 67e12, 80e9, 3.35e12, GEN5),
+    "a100": Device(312e12, 19.5e12, 80e9, 2.0e12, GEN4),
+    "l40s": Device(362e12, 91.6e12, 48e9, 0.864e12, GEN4),
+    "l4": Device(121e12, 30.3e12, 24e9, 0.3e12, GEN4),
+    "rtx 4090": Device(165e12, 82.6e12, 24e9, 1.0e12, GEN4),
+}
+
+
+@dataclass
+class Machine:
+    """Sizes in bytes, rates in bytes/s, products in FLOP/s. On a CPU `device` and `host` memory are
+    the same; `program` is what the process takes of it before it holds a model."""
+
+    name: str
+    backend: str
+    device: int
+    host: int
+    disk: int
+    program: int
+    products: float
+    bandwidth: float
+    link: float
+    read: float
+    write: float
+
+
+def this_machine(config: Configuration) -> Machine:
+    """The machine that the process runs on; config has its backend and precision resolved."""
+    gpu = config.backend == "GPU"
+    host = host_memory()
+    device = int(0.95 * torch.cuda.mem_get_info()[0]) if gpu else host  # less what fragments
+    if config.memory_limit is not None:
+        device = parse_bytes(config.memory_limit, "memory_limit")
+        host = host if gpu else device
+    folder = store_folder(config)
+    rates = measured_rates(config.backend, config.precision, str(folder))
+    name = torch.cuda.get_device_name(0) if gpu else "this CPU"
+    disk = shutil.disk_usage(folder).free
+    return Machine(name, config.backend, device, host, disk, program_bytes(gpu), **rates)
+
+
+def named_machine(name: str, config: Configuration) -> Machine:
+    """A machine with a GPU of DEVICES and a drive like DRIVE; host memory and disk are ours."""
+    if name.lower() not in DEVICES:
+        raise UserError(f"device: {name} is not known; known are {', '.join(DEVICES)}")
+    device = DEVICES[name.lower()]
+    return Machine(
+        name=name,
+        backend="GPU",
+        device=int(0.95 * device.memory),
+        host=host_memory(),
+        disk=shutil.disk_usage(store_folder(config)).free,
+        program=CUDA_BYTES,
+        products=device.bf16 if config.precision == "bf16" else device.fp32,
+        bandwidth=device.bandwidth,
+        link=device.link,
+        read=DRIVE[0],
+        write=DRIVE[1],
+    )
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (torch 2.4 can't tell: no)."""
+    units = getattr(torch.cpu, "get_capabilities", dict)()
+    return units.get("amx_bf16", False) or units.get("avx512_bf16", False)
+
+
+def host_memory() -> int:
+    """Bytes of the machine or its container, whichever has less, without the system's share."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if Path("/proc/self/cgroup").is_file():  # Linux; a line `0::/path` names the group
+        group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
+        folder = Path("/sys/fs/cgroup", group.lstrip("/"))
+        for path in (parent / "memory.max" for parent in (folder, *folder.parents)):
+            if path.is_file() and path.read_text().strip().isdigit():
+                limits.append(int(path.read_text()))
+    return int(0.9 * min(limits))
+
+
+def program_bytes(gpu: bool) -> int:
+    """What this process has in memory now, or what CUDA takes with it."""
+    if gpu:
+        return CUDA_BYTES
+    if Path("/proc/self/statm").is_file():
+        resident = int(Path("/proc/self/statm").read_text().split()[1])
+        return resident * os.sysconf("SC_PAGE_SIZE")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def parse_bytes(text: str, key: str) -> int:
+    """'20GB' -> 20_000_000_000; raises UserError, which names the key, for what is not a size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text)
+    if match is None:
+        raise UserError(f"{key}: {text} is not a size such as 20GB or 16GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** ("KMGT".index(match[2]) + 1))
+
+
+def store_folder(config: Configuration) -> Path:
+    """Where the streaming engine's files go, or the nearest folder above that exists."""
+    if config.stream_dir is not None:
+        if not Path(config.stream_dir).is_dir():
+            raise UserError(f"stream_dir: {config.stream_dir} is not a folder; make it first")
+        return Path(config.stream_dir).resolve()
+    folder = Path(config.out_dir).resolve()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+@cache
+def measured_rates(backend: str, precision: str, folder: str) -> dict[str, float]:
+    """Rates of this machine, measured now or up to MAX_AGE ago by another process."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(home, "gigagpt", "rates.json")
+    key = f"{backend} {precision} {torch.get_num_threads()} {os.stat(folder).st_dev}"
+    known = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
+    with suppress(KeyError, TypeError):
+        if abs(time.time() - known[key]["time"]) < MAX_AGE:
+            return {name: float(rate) for name, rate in known[key]["rates"].items()}
+    products = peak_flops(backend, precision)
+    bandwidth, link = measure_copies(backend)
+    read, write = measure_disk(folder)
+    rates = dict(products=products, bandwidth=bandwidth, link=link, read=read, write=write)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known | {key: {"time": time.time(), "rates": rates}}))
+    return rates
+
+
+def peak_flops(backend: str, precision: str) -> float:
+    """FLOP/s of matrix products: the published peak of a known GPU, else measured here, now."""
+    if backend == "GPU" and precision == "bf16":
+        name = torch.cuda.get_device_name(0).lower()
+        for known, device in DEVICES.items():
+            if re.search(rf"\b{known}\b", name):
+                return device.bf16
+    device = "cuda" if backend == "GPU" else "cpu"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if backend == "GPU" else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+
+    def rate(b: torch.Tensor) -> float:
+        seconds = best_of(lambda: (a @ b)[0, 0].item(), 0.2)  # item() waits for the device
+        return 2 * a.numel() * b.shape[1] / seconds
+
+    # the second as a linear layer has it: four times as wide, its weight transposed
+    return max(rate(a), rate(torch.ones(4 * size, size, dtype=dtype, device=device).T))
+
+
+def measure_copies(backend: str) -> tuple[float, float]:
+    """bytes/s that the device's memory reads and writes in a copy, and that come from the host."""
+    gpu = backend == "GPU"
+    host = torch.ones(SAMPLE, dtype=torch.uint8, pin_memory=gpu)
+    source = host.to("cuda") if gpu else host
+    target = torch.empty_like(source).copy_(source)
+
+    def copy(source: torch.Tensor) -> None:
+        target.copy_(source)
+        target[0].item()
+
+    bandwidth = 2 * SAMPLE / best_of(lambda: copy(source), 0.1)
+    return bandwidth, SAMPLE / best_of(lambda: copy(host), 0.1) if gpu else bandwidth
+
+
+def measure_disk(folder: str) -> tuple[float, float]:
+    """bytes/s read from and written to a file there, past the page cache where that can be."""
+    data = mmap.mmap(-1, SAMPLE)  # direct input and output takes whole pages
+    data[:] = os.urandom(SAMPLE // 64) * 64
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            try:
+                descriptor = os.open(file.name, os.O_RDWR | os.O_DIRECT)
+            except OSError:
+                descriptor = os.open(file.name, os.O_RDWR)
+            try:
+                write = best_of(lambda: (os.pwrite(descriptor, data, 0), os.fsync(descriptor)), 0.2)
+                read = best_of(lambda: os.preadv(descriptor, [data], 0), 0.2)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; name another folder") from None
+    return SAMPLE / read, SAMPLE / write
+
+
+def best_of(work: Callable[[], object], seconds: float) -> float:
+    """The shortest time that `work` took, tried for so long, and at least twice."""
+    times = []
+    while len(times) < 2 or sum(times) < seconds:
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
