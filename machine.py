@@ -155,8 +155,7 @@ def store_folder(config: Configuration) -> Path:
 @cache
 def measured_rates(backend: str, precision: str, folder: str) -> dict[str, float]:
     """Rates of this machine, measured now or up to MAX_AGE ago by another process."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home, "gigagpt", "rates.json")
+    path = rates_file()
     key = f"{backend} {precision} {torch.get_num_threads()} {os.stat(folder).st_dev}"
     known = {}
     with suppress(OSError, ValueError):
@@ -172,6 +171,11 @@ def measured_rates(backend: str, precision: str, folder: str) -> dict[str, float
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known | {key: {"time": time.time(), "rates": rates}}))
     return rates
+
+
+def rates_file() -> Path:
+    """Where measured rates are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gigagpt/rates.json")
 
 
 def peak_flops(backend: str, precision: str) -> float:

@@ -23,8 +23,8 @@ MOST_TOKENS = {"CPU": 2048, "GPU": 32768}  # in a micro-batch: more is hardly fa
 # Of the rate of its matrix products a whole step reaches (CPU: docs/log.md; GPU: the 49 to 60% of
 # llm.c and KempnerForge, both in the project's DESIGN.md)
 EFFICIENCY = {"CPU": 0.7, "GPU": 0.5}
-# A logit: itself, its log-softmax and two gradients in fp32, in bf16 itself and one gradient too. On
-# a CPU as the heap grew when it kept what was freed (docs/log.md)
+# A logit: itself, its log-softmax and two gradients in fp32, in bf16 itself and one gradient too;
+# on a CPU as the heap grew when it kept what was freed (docs/log.md)
 LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 32, ("CPU", "bf16"): 24}
 ENGINES = ("resident", "streaming")
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments

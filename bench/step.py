@@ -16,6 +16,7 @@ from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import machine
 import plan
 from configuration import Configuration
 from engines import open_engine
@@ -32,7 +33,7 @@ def main(width: int = 768, depth: int = 4, tokens: int = 2048, rounds: int = 3) 
         batch_size=tokens // 1024,
         precision="fp32",
     )
-    config = plan.resolve(config, {})
+    config = plan.resolve(config, {}).config
     sides = {"gigaGPT": ours(config), "transformers": theirs(config)}
     seconds = {name: [] for name in sides}
     for _ in range(rounds + 1):  # the first round warms up
@@ -40,7 +41,7 @@ def main(width: int = 768, depth: int = 4, tokens: int = 2048, rounds: int = 3) 
             begin = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - begin)
-    roof = plan.peak_flops(config.backend, config.precision)
+    roof = machine.peak_flops(config.backend, config.precision)
     result = {"roof_gflops": roof / 1e9, "tokens": tokens}
     for name, taken in seconds.items():
         rate = tokens / min(taken[1:])

@@ -1,8 +1,10 @@
 """What the tests share: a small dataset, a small configuration, and the commands run in-process."""
 
 import json
+import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from errors import command
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 27  # the letters, space and newline of `text`, an odd number
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # measured rates are for the tests alone
 torch.set_num_threads(1)  # small models are faster so, and sums the same everywhere
 
 

@@ -7,8 +7,8 @@ import pytest
 from configuration import Configuration, parse_configuration, write_configuration
 from engines.optimizer import learning_rate
 from errors import UserError
+from machine import parse_bytes
 from model import count_parameters
-from plan import parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = {  # parameters, depth, width, heads, learning rate, sequence length, batch size
@@ -148,10 +148,10 @@ def test_warm_up_may_outlast_the_run():
 
 @pytest.mark.parametrize(("size", "count"), [("20GB", 20e9), ("1.5TB", 1.5e12), ("2GiB", 2**31)])
 def test_sizes(size, count):
-    assert parse_bytes(size) == count
+    assert parse_bytes(size, "memory_limit") == count
 
 
 @pytest.mark.parametrize("size", ["lots", "20", "GB", "-1GB", "1.2.3GB", "20gigs"])
 def test_what_is_not_a_size(size):
     with pytest.raises(UserError, match="is not a size such as 20GB"):
-        parse_bytes(size)
+        parse_bytes(size, "disk")

@@ -370,7 +370,7 @@ def test_changed_data_order_is_said(run, config):
     [
         (["--backend", "CSX"], "backend: CSX is not there yet"),
         (["--num_systems", "2"], "num_systems: 2 is not there yet"),
-        (["--engine", "streaming"], "engine: streaming is not there yet"),
+        (["--engine", "sharded"], "engine: sharded is not there yet"),
         (["--memory_limit", "0.1MB"], "this model does not fit"),
         (["--vocab_size", "20"], "27 token ids, the model's vocab_size is 20"),
         (["--dataset", "data/nowhere"], "run: python data/prepare.py --name nowhere FILES"),

@@ -1,0 +1,167 @@
+"""The planner: its arithmetic by hand, its command, and its memory beside what runs take."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+from test_train import refused
+
+import plan
+from configuration import Configuration
+from machine import Machine
+from plan import engine_plans, first_fitting, moved_bytes, step_flops
+
+GPT2 = {"width": 768, "depth": 10, "heads": 12, "precision": "bf16", "batch_size": 16}
+BLOCK, OUTSIDE = 7_087_872, 40_171_776  # parameters of 111m: a block, and all but the blocks
+
+
+def gpu(**changes) -> Machine:
+    sizes = {"device": 76 * 10**9, "host": 2 * 10**12, "disk": 8 * 10**12, "program": 3 * 10**9}
+    rates = {"products": 1e15, "bandwidth": 3e12, "link": 5e10, "read": 6e9, "write": 4e9}
+    return Machine(**{"name": "a GPU", "backend": "GPU", **sizes, **rates, **changes})
+
+
+def planned(machine: Machine, **keys) -> plan.Plan:
+    plans = engine_plans(Configuration(**GPT2 | {"backend": machine.backend} | keys), machine)
+    return first_fitting(plans)
+
+
+def test_sizes_by_hand():
+    """width 768: 12·768² in matrices, 9·768 in their biases, 4·768 in two norms; outside them the
+    50,257 tokens, 2,048 positions and the last norm."""
+    assert BLOCK == 12 * 768**2 + 13 * 768
+    assert OUTSIDE == (50257 + 2048 + 2) * 768
+    assert plan.sizes(Configuration(**GPT2)) == (OUTSIDE, BLOCK, 10 * BLOCK)
+
+
+def test_bytes_that_move_by_hand():
+    """20 in and 16 out a parameter, but that the last block comes once and the rest thrice."""
+    config = Configuration(**GPT2, engine="streaming", micro_batch_size=16, pass_size=16)
+    blocks = 10 * BLOCK
+    inward = 16 * (blocks + OUTSIDE) + 4 * (blocks - BLOCK) + 4 * OUTSIDE + 4 * OUTSIDE
+    inward += 4 * OUTSIDE  # the first of the embedding's two gradients comes back
+    outward = 12 * (blocks + OUTSIDE) + 4 * blocks + 8 * OUTSIDE
+    assert moved_bytes(config) == (inward, outward)
+    half = replace(config, micro_batch_size=8, pass_size=8)
+    weights = 4 * (blocks + OUTSIDE + OUTSIDE + blocks - BLOCK + OUTSIDE)
+    gradients = 4 * (blocks + 2 * OUTSIDE)
+    assert moved_bytes(half) == (inward + weights + gradients, outward + gradients)
+
+
+def test_flops_by_hand():
+    config = Configuration(**GPT2, engine="resident")
+    tokens = 16 * 2048
+    attention = 2 * 2048 * 768 * 10
+    forward = 2 * (10 * BLOCK + OUTSIDE) + attention
+    assert step_flops(config) == 3 * tokens * forward
+    again = replace(config, engine="streaming", recompute=True)
+    assert step_flops(again) == tokens * (3 * forward + 2 * 10 * BLOCK + attention)
+
+
+def test_engines_follow_memory():
+    """As memory shrinks: resident, then kept activations, then recomputed ones, then passes."""
+    assert planned(gpu()).config.engine == "resident"
+    small = planned(gpu(device=3 * 10**9)).config
+    assert (small.engine, small.stream_to) == ("streaming", "ram")
+    assert planned(gpu(device=3 * 10**9, host=4 * 10**9)).config.stream_to == "disk"
+    assert planned(gpu(device=3 * 10**9, host=4 * 10**9, disk=10**9)) is None
+    big = {"width": 4096, "depth": 32, "heads": 32, "batch_size": 64}
+    roomy, tight = (planned(gpu(device=d * 10**9), **big).config for d in (76, 24))
+    assert roomy.recompute and tight.recompute
+    assert tight.pass_size < 64 or tight.activations == "host"
+
+
+def test_what_is_asked_for_is_kept():
+    keys = {"engine": "streaming", "stream_to": "disk", "recompute": True, "micro_batch_size": 2}
+    config = planned(gpu(), **keys, pass_size=6).config
+    assert {key: getattr(config, key) for key in keys} == keys
+    assert (config.pass_size, config.activations) == (6, "device")
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "engine", "tier"),
+    [
+        ("70b", ["--host_memory", "2TB"], "streaming", "host"),
+        ("175b", ["--host_memory", "2TB", "--disk", "8TB"], "streaming", "disk"),
+        ("1p3b", [], "resident", "device"),
+    ],
+)
+def test_plans_for_an_h100(run, size, more, engine, tier):
+    """70B fits in 2 TB of host memory, 175B on a disk: 16 bytes a parameter."""
+    seen = run("plan", ROOT / f"configs/{size}.yaml", "--device", "h100", *more, "--json")
+    assert seen.status == 0, seen.err
+    told = json.loads(seen.out)
+    assert told["fits"] and told["engine"] == engine
+    assert told["bytes"]["device"] < 80e9
+    assert told["bytes"][tier] >= 16 * told["parameters"]
+    assert (
+        told["seconds_per_step"] * 663425 / 86400 == pytest.approx(told["days"]) or size == "1p3b"
+    )
+    # 6 · parameters · tokens at 989 TFLOP/s is what nothing can beat
+    assert told["seconds_per_step"] > told["flops_per_step"] / 989e12
+
+
+def test_the_table(run):
+    more = ["--device", "h100", "--host_memory", "2TB"]
+    seen = run("plan", ROOT / "configs/70b.yaml", *more)
+    assert seen.status == 0, seen.err
+    for words in ("64,861,528,064 parameters", "3,014,656 tokens", "resident", "lacks 1.15 TB"):
+        assert words in seen.out
+    for words in ("streaming on GPU", "compute is the limit", "663,425 steps", "h100 (bf16)"):
+        assert words in seen.out
+
+
+def test_what_does_not_fit(run):
+    more = ["--device", "h100", "--host_memory", "256GB", "--disk", "500GB"]
+    seen = run("plan", ROOT / "configs/70b.yaml", *more)
+    assert seen.status == 0, seen.err
+    assert "does not fit" in seen.out and "1.04 TB of disk where there are 500.00 GB" in seen.out
+    depth = int(seen.out.split("--depth ")[1].split()[0])
+    for fits, deeper in ((True, 0), (False, 1)):
+        more_json = [*more, "--depth", depth + deeper, "--json"]
+        told = json.loads(run("plan", ROOT / "configs/70b.yaml", *more_json).out)
+        assert told["fits"] is fits
+        assert bool(told["missing"]) is not fits
+
+
+def test_this_machine(run, config):
+    seen = run("plan", config.path, "--json")
+    told = json.loads(seen.out)
+    assert told["fits"] and told["engine"] == "resident"
+    assert {"parameters", "micro_batch_size", "seconds_per_step", "days"} <= told.keys()
+    assert set(told["bytes"]) == {"device", "host", "disk"}
+
+
+def test_training_prints_the_plan(run, config):
+    seen = run("train", config.path, "--num_steps", 3, "--engine", "streaming")
+    lines = seen.out.splitlines()
+    assert "streaming on CPU, fp32" in lines[0]
+    assert "fetches" in lines[1] and "writes" in lines[1]
+    assert "for 3 steps" in lines[2]
+
+
+def test_bad_arguments(run, config):
+    refused(run("plan", config.path, "--device", "abacus"), "device: abacus is not known; known")
+    refused(run("plan", config.path, "--host_memory", "much"), "host_memory: much is not a size")
+    refused(run("plan", config.path, "--devise", "h100"), "--devise is not a known key; did you")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"engine": "resident", "precision": "fp32"},
+        {"engine": "streaming", "precision": "fp32", "stream_to": "disk", "recompute": True},
+    ],
+    ids=["resident", "streaming"],
+)
+def test_memory_is_what_was_planned(tmp_path, keys):
+    """Within 15%, in a process of its own; bench/streaming.py plan shows larger models."""
+    keys |= {"width": 512, "depth": 4, "heads": 8, "sequence_length": 1024, "batch_size": 2}
+    command = [sys.executable, "bench/streaming.py", "one", "--keys", json.dumps(keys)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["measured"]["bytes"] == pytest.approx(told["planned"]["bytes"], rel=0.15)

@@ -1,0 +1,388 @@
+"""The streaming engine against the resident one, and what may happen to its store."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, records
+from test_train import batches_of, close, engine_config, peak_memory, quiet, refused, start, train
+from test_train import weights as saved_weights
+
+from checkpoint import Checkpoint
+from dataset import EvalBatches
+from engines import open_engine, store
+from engines.store import PREFIX
+
+STREAMED = {"engine": "streaming", "stream_to": "ram", "recompute": True, "activations": "device"}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks a unit, as real models have."""
+    monkeypatch.setattr(store, "CHUNK", 2048)
+
+
+def streaming_config(out: Path, **changes):
+    keys = STREAMED | {"pass_size": 4, "out_dir": str(out)} | changes
+    return engine_config(**keys)
+
+
+def state_of(engine) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for _, group in engine.state() for name, t in group.items()}
+
+
+def without_key_biases(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Their true gradient is zero, and Adam turns rounding into steps."""
+    if not name.endswith("qkv.bias"):
+        return tensor.flatten()
+    q, _, v = tensor.chunk(3)
+    return torch.cat([q, v])
+
+
+def equal_runs(expected, got, tolerance: float = 1e-5) -> None:
+    for a, b in zip(expected, got, strict=True):
+        assert close(b.loss, a.loss, tolerance), a.step
+        assert close(b.grad_norm, a.grad_norm, tolerance), a.step
+        assert b.learning_rate == a.learning_rate
+
+
+CASES = {
+    "ram": {},
+    "disk": {"stream_to": "disk"},
+    "kept graphs": {"recompute": False},
+    "kept graphs, disk": {"recompute": False, "stream_to": "disk"},
+    "micro-batches": {"micro_batch_size": 1, "stream_to": "disk"},
+    "uneven micro-batches": {"micro_batch_size": 3, "pass_size": 6},
+    "passes": {"micro_batch_size": 1, "pass_size": 1, "stream_to": "disk"},
+    "passes of two": {"micro_batch_size": 1, "pass_size": 2, "recompute": False},
+    "dropout": {"dropout": 0.2, "micro_batch_size": 2},
+    "dropout, kept, passes": {
+        **{"dropout": 0.2, "micro_batch_size": 2, "pass_size": 2},
+        **{"recompute": False, "stream_to": "disk"},
+    },
+    "activations in host memory": {"micro_batch_size": 1, "activations": "host"},
+    "depth 1": {"depth": 1, "stream_to": "disk"},
+    "depth 1, kept, passes": {
+        "depth": 1,
+        "recompute": False,
+        "pass_size": 2,
+        "micro_batch_size": 1,
+    },
+    "deeper, no biases": {"depth": 5, "bias": False, "micro_batch_size": 2},
+    "even vocabulary": {"vocab_size": 128},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_resident(dataset, tmp_path, case):
+    """10 steps, clipping active in each: losses and norms to 1e-5, weights as rounding explains."""
+    streamed = streaming_config(tmp_path, **CASES[case])
+    changes = {k: v for k, v in CASES[case].items() if hasattr(engine_config(), k)}
+    changes = {k: v for k, v in changes.items() if k not in (*STREAMED, "pass_size")}
+    resident = engine_config(**changes)
+    expected, oracle = train(resident, dataset, 10)
+    begun = open_engine(resident)
+    begun.initialize()
+    before = {name: p.detach().clone() for name, p in begun.master.named_parameters()}
+    got, engine = train(streamed, dataset, 10)
+    equal_runs(expected, got)
+    assert all(stats.grad_norm > resident.max_gradient_norm for stats in expected)
+    assert engine.updates == oracle.updates == 10
+    ours, theirs = state_of(engine), state_of(oracle)
+    assert ours.keys() == theirs.keys()
+    for name, first in before.items():
+        a, b, origin = (without_key_biases(name, t) for t in (ours[name], theirs[name], first))
+        assert (a - b).norm() <= 1e-3 * (b - origin).norm(), name
+    engine.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_bf16_follows_resident(dataset, tmp_path, recompute):
+    """The same products in the same precision: only the order of sums differs."""
+    expected, _ = train(engine_config(precision="bf16", micro_batch_size=2), dataset, 10)
+    keys = {"precision": "bf16", "micro_batch_size": 2, "recompute": recompute}
+    got, engine = train(streaming_config(tmp_path, **keys), dataset, 10)
+    equal_runs(expected, got, 5e-3)
+    engine.close()
+
+
+def test_starts_equal(dataset, tmp_path):
+    """Weights depend on (seed, unit) alone, bit for bit."""
+    resident, streaming = (open_engine(c) for c in (engine_config(), streaming_config(tmp_path)))
+    for engine in (resident, streaming):
+        engine.initialize()
+    ours, theirs = state_of(streaming), state_of(resident)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("stream_to", ["ram", "disk"])
+def test_a_step_that_is_not_finite_changes_nothing(dataset, tmp_path, stream_to):
+    config = streaming_config(tmp_path, stream_to=stream_to)
+    runs = []
+    for keys in (config, engine_config()):
+        engine = open_engine(keys)
+        engine.initialize()
+        batches = batches_of(config, dataset)
+        stats = list(engine.run(batches, 0, 3, quiet))
+        target = engine.model.decoder[1].mlp.fc.weight
+        spoiler = target.register_hook(lambda grad: grad * float("nan"))
+        (bad,) = engine.run(batches, 3, 4, quiet)
+        spoiler.remove()
+        assert not bad.finite
+        assert engine.updates == 3
+        stats += engine.run(batches, 4, 10, quiet)
+        assert engine.updates == 9
+        runs.append(stats)
+        engine.close()
+    equal_runs(runs[1], runs[0])
+
+
+def test_evaluation_equals_resident_in_the_middle_of_a_run(dataset, tmp_path):
+    """The pending update is in what is evaluated, and evaluating leaves the run as it was."""
+    results = []
+    for config in (
+        engine_config(dropout=0.2, micro_batch_size=3),
+        streaming_config(tmp_path, dropout=0.2, micro_batch_size=3, pass_size=3, stream_to="disk"),
+    ):
+        stats, engine = train(config, dataset, 4)
+        batches = lambda rank, world: EvalBatches(dataset, config.vocab_size, 32, 4)  # noqa: B023, E731
+        loss, count = engine.evaluate(batches)
+        assert engine.evaluate(batches) == (loss, count)
+        stats += engine.run(batches_of(config, dataset), 4, 8, quiet)
+        results.append((stats, loss, count))
+        engine.close()
+    (expected, loss, count), (got, streamed_loss, streamed_count) = results
+    assert streamed_count == count
+    assert close(streamed_loss, loss, 1e-5)
+    equal_runs(expected, got)
+
+
+FLAGS = ("--engine", "streaming", "--stream_to", "disk", "--dropout", 0.2, "--decay_steps", 30)
+
+
+@pytest.mark.parametrize("more", [("--recompute", "true"), ("--recompute", "false")])
+def test_resume_is_exact(run, config, tmp_path, more):
+    """Bit for bit, as in the resident engine."""
+    flags = [*FLAGS, *more, "--num_steps", 12, "--checkpoint_steps", 6, "--micro_batch_size", 2]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    seen = run("train", config.path, *flags, "--out_dir", whole)
+    assert seen.status == 0, seen.err
+    first = [*flags, "--out_dir", halves, "--checkpoint_path", "latest"]
+    assert run("train", config.path, *first, "--num_steps", 6).status == 0
+    seen = run("train", config.path, *first)
+    assert "resumed from" in seen.out
+    a, b = (saved_weights(out / "checkpoint_12.mdl") for out in (whole, halves))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in records(whole)] == [r[key] for r in records(halves)]
+
+
+@pytest.mark.parametrize("engines", [("resident", "streaming"), ("streaming", "resident")])
+def test_a_checkpoint_crosses_engines(run, config, tmp_path, engines):
+    """Losses and norms of a run that changes its engine midway are the resident engine's."""
+    oracle, crossed = tmp_path / "oracle", tmp_path / "crossed"
+    run("train", config.path, "--num_steps", 10, "--out_dir", oracle)
+    for engine, steps in zip(engines, (5, 10), strict=True):
+        flags = ["--engine", engine, "--stream_to", "disk", "--out_dir", crossed]
+        flags += ["--num_steps", steps, "--decay_steps", 8, "--checkpoint_path", "latest"]
+        seen = run("train", config.path, *flags)
+        assert seen.status == 0, seen.err
+    assert "note: engine is" in seen.out
+    for a, b in zip(records(oracle), records(crossed), strict=True):
+        assert close(b["loss"], a["loss"], 1e-5)
+        assert close(b["grad_norm"], a["grad_norm"], 1e-5)
+
+
+def test_other_commands_take_its_checkpoints(run, config, tmp_path):
+    seen = run("train", config.path, *FLAGS)
+    assert seen.status == 0, seen.err
+    assert sorted(path.name for path in config.out.iterdir()) == [
+        *("checkpoint_3.mdl", "checkpoint_6.mdl", "config.yaml"),
+        *("lock", "loss.png", "metrics.jsonl", "tensorboard"),
+    ]
+    checkpoint = ["--checkpoint_path", config.out / "checkpoint_6.mdl"]
+    losses = []
+    for engine in ("resident", "streaming"):
+        flags = [*checkpoint, "--json", "--engine", engine, "--stream_to", "disk"]
+        seen = run("eval", config.path, *flags)
+        assert seen.status == 0, seen.err
+        losses.append(json.loads(seen.out)["loss"])
+    assert close(*losses, 1e-6)
+    assert close(records(config.out, "val_loss")[-1]["val_loss"], losses[0], 1e-6)
+    seen = run("sample", *checkpoint, "--prompt", "ab", "--max_new_tokens", 5)
+    assert seen.out.startswith("ab")
+    assert run("export", *checkpoint, "--out", tmp_path / "exported").status == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_no_store(config, number):
+    process = start(config.path, *FLAGS, "--num_steps", 100000, "--checkpoint_steps", 100000)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    assert len(list(config.out.glob(f"{PREFIX}*"))) == 1
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert len(list(config.out.glob("checkpoint_*.mdl"))) == 1
+    assert not list(config.out.glob(f"{PREFIX}*"))
+
+
+def test_a_killed_run_s_store_is_removed_by_the_next(run, config, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    flags = [*FLAGS, "--stream_dir", scratch, "--num_steps", 100000, "--checkpoint_steps", 2]
+    process = start(config.path, *flags)
+    for line in process.stdout:
+        if line.startswith("saved"):
+            break
+    other = ["--out_dir", tmp_path / "other", "--num_steps", 2]
+    assert run("train", config.path, *flags, *other).status == 0
+    (living,) = scratch.iterdir()  # that of the run that is still going on
+    process.kill()
+    process.wait()
+    assert (living / "decoder.0").is_file()
+    latest = max(Checkpoint(p).step for p in config.out.glob("checkpoint_*.mdl"))
+    more = ["--checkpoint_path", "latest", "--num_steps", latest + 2]
+    assert run("train", config.path, *flags, *more).status == 0
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_a_store_that_is_cut_while_training(run, config, size):
+    """It stops with the file's name; nothing wrong is ever saved, and what was saved stands."""
+    process = start(config.path, *FLAGS, "--num_steps", 100000, "--checkpoint_steps", 5)
+    for line in process.stdout:
+        if line.startswith("saved"):
+            break
+    (folder,) = config.out.glob(f"{PREFIX}*")
+    os.truncate(folder / "decoder.1", size)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert "decoder.1: its size has changed" in err
+    assert not list(config.out.glob(f"{PREFIX}*"))
+    latest = max(Checkpoint(p).step for p in config.out.glob("checkpoint_*.mdl"))
+    flags = ["--checkpoint_path", "latest", "--num_steps", latest + 1]
+    assert run("train", config.path, *flags).status == 0
+
+
+def test_a_full_disk_is_found_before_the_start(config):
+    """The store's files are made whole at once: a limit on a file's size stands for a full disk."""
+    import resource
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    process = start(config.path, *FLAGS, preexec_fn=small_files)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert f"stream_dir {config.out}: " in err and "are needed" in err
+    assert not list(config.out.glob(f"{PREFIX}*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_disk_that_is_too_small(config, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("can't mount a tmpfs here")
+    try:
+        process = start(config.path, *FLAGS, "--stream_dir", small)
+        _, err = process.communicate(timeout=60)
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert process.returncode == 1
+    assert len(err.splitlines()) == 1
+    assert "does not fit" in err and "of disk where there are" in err
+
+
+def test_bad_folders(run, config, tmp_path):
+    flags = [*FLAGS, "--stream_dir", tmp_path / "nowhere"]
+    refused(run("train", config.path, *flags), "nowhere is not a folder; make it first")
+    flags = [*FLAGS, "--stream_dir", config.path]
+    refused(run("train", config.path, *flags), "is not a folder; make it first")
+    refused(run("train", config.path, *FLAGS, "--stream_dir", "/proc"), "/proc: ")
+
+
+def test_what_does_not_fit_in_memory(run, config):
+    flags = ["--width", 256, "--engine", "streaming"]
+    ram = [*flags, "--stream_to", "ram", "--memory_limit", "600MB", "--depth", 64]
+    refused(run("train", config.path, *ram), "of memory where there are 600.0 MB; --depth ")
+    big = [*flags, "--batch_size", 4096, "--micro_batch_size", 4096, "--memory_limit", "1GB"]
+    seen = run("train", config.path, *big)
+    refused(seen, "micro_batch_size: 4096 sequences do not fit in memory, ")
+    fits = int(seen.err.split("memory, ")[1].split(" do")[0])
+    assert 1 <= fits < 4096
+
+
+def test_peak_memory_does_not_grow_with_depth(config):
+    flags = ["--engine", "streaming", "--stream_to", "disk", "--recompute", "true", "--width", 512]
+    flags += ["--num_steps", 2, "--batch_size", 1, "--checkpoint_steps", 2, "--eval_batches", 1]
+    peaks = []
+    for depth in (2, 16):  # 16 layers hold 800 MB of state
+        out = ["--depth", depth, "--out_dir", config.out / str(depth)]
+        process = start(config.path, *flags, *out)
+        peaks.append(peak_memory(process.communicate(timeout=120)[0]))
+    assert peaks[1] <= 1.15 * peaks[0] + 0.1
+
+
+MODEL = (
+    (  # RMSNorm, without weights to begin with
+        "        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, "
+        "self.eps)\n",
+        "        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)\n",
+    ),
+    (  # attention and MLP in parallel
+        "        x = x + self.attn(self.ln_1(x))\n        return x + self.mlp(self.ln_2(x))\n",
+        "        return x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))\n",
+    ),
+)
+
+
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_changed_model_trains_in_every_engine(config, tmp_path, change):
+    """One place of model.py changes, as the README shows; no engine is touched."""
+    before, after = MODEL[change]
+    readme = (ROOT / "README.md").read_text()
+    assert before in readme and after in readme
+    clone = tmp_path / "clone"
+    for pattern in ("*.py", "engines/*.py", "data/*.py"):
+        for path in ROOT.glob(pattern):
+            (clone / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, clone / path.relative_to(ROOT))
+    model = (clone / "model.py").read_text()
+    assert model.count(before) == 1
+
+    def trained(engine: str, name: str) -> list[dict]:
+        for steps in (4, 8):  # checkpoint and resume included
+            flags = ["--engine", engine, "--stream_to", "disk", "--out_dir", str(tmp_path / name)]
+            flags += ["--num_steps", str(steps), "--decay_steps", "8", "--bias", "false"]
+            flags += ["--checkpoint_path", "latest"]
+            done = subprocess.run(
+                [sys.executable, "train.py", config.path, *flags], cwd=clone, text=True,
+                capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+        return records(tmp_path / name)
+
+    unchanged = trained("resident", "unchanged")
+    (clone / "model.py").write_text(model.replace(before, after))
+    resident, streaming = trained("resident", "resident"), trained("streaming", "streaming")
+    for a, b in zip(resident, streaming, strict=True):
+        assert close(b["loss"], a["loss"], 1e-5)
+        assert close(b["grad_norm"], a["grad_norm"], 1e-5)
+    assert not close(unchanged[-1]["loss"], resident[-1]["loss"], 1e-4)
+    assert resident[-1]["loss"] < resident[0]["loss"]
