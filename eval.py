@@ -26,7 +26,7 @@ def main() -> None:
     tokens = batches(0, 1).tokens
     check_tokenizer(checkpoint, tokens)
     with closing(open_engine(config, training=False)) as engine:
-        engine.load(checkpoint.read, None)
+        engine.load(checkpoint.read, None, partial(watch, what="loading", unit="unit"))
         loss_sum, count = engine.evaluate(batches, watch)
     loss = loss_sum / count
     result = {"step": checkpoint.step, "loss": loss, "perplexity": perplexity(loss)}

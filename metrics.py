@@ -24,12 +24,14 @@ def say(message: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def watch(batches: Iterable) -> Iterable:
-    """Shows an evaluation's progress on stderr: a bar on a terminal, a line a minute in a log."""
+def watch(
+    items: Iterable, what: str = "evaluating", unit: str = "batch", total: int | None = None
+) -> Iterable:
+    """Shows the progress of long work on stderr: a bar on a terminal, a line a minute in a log."""
     if sys.stderr.isatty():
-        return tqdm(batches, "evaluating", unit="batch", leave=False, dynamic_ncols=True)
+        return tqdm(items, what, total, unit=unit, leave=False, dynamic_ncols=True)
     form = "{desc}: {percentage:.0f}% | {rate_fmt} | {remaining} left\n"
-    return tqdm(batches, "evaluating", unit="batch", mininterval=60, delay=60, bar_format=form)
+    return tqdm(items, what, total, unit=unit, mininterval=60, delay=60, bar_format=form)
 
 
 def perplexity(loss: float) -> float:

@@ -190,8 +190,8 @@ def largest_pass(config: Configuration, machine: Machine, training: bool) -> Con
         cut = replace(config, pass_size=size)
         if not make_plan(cut, machine, training).lacks:
             return cut
-    whole = (config.pass_size or 1) // config.micro_batch_size * config.micro_batch_size
-    return replace(config, pass_size=max(whole, config.micro_batch_size))
+    whole = min((config.pass_size or 1) // config.micro_batch_size, micro_batches)
+    return replace(config, pass_size=max(1, whole) * config.micro_batch_size)
 
 
 def make_plan(config: Configuration, machine: Machine, training: bool = True) -> Plan:

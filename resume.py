@@ -14,6 +14,7 @@ from metrics import say
 
 # Keys that may change freely, and those that the order of the data depends on.
 FREE = {"out_dir", "checkpoint_path", "init_from", "memory_limit", "keep"}
+FREE |= {"stream_to", "stream_dir", "recompute", "activations", "pass_size"}
 DATA_KEYS = {"dataset", "batch_size", "sequence_length", "seed"}
 
 

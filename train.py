@@ -38,9 +38,9 @@ def main() -> None:
         say(plan.describe(planned))
         engine = stack.enter_context(closing(open_engine(config)))
         if start.read is None:
-            engine.initialize()
+            engine.initialize(partial(watch, what="starting", unit="unit"))
         else:
-            engine.load(start.read, start.updates)
+            engine.load(start.read, start.updates, partial(watch, what="loading", unit="unit"))
         say(start.origin)
         flops, peak = plan.flops_per_token(config), planned.machine.products
         metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak)
@@ -48,7 +48,8 @@ def main() -> None:
 
         def save_checkpoint(step: int) -> None:
             done = {"step": step, "updates": engine.updates, "train_tokens": tokens.count}
-            say(f"saved {save(out_dir, engine.state(), done, asdict(config), config.keep)}")
+            state = watch(engine.state(), "saving", "file", 3 * (config.depth + 2))
+            say(f"saved {save(out_dir, state, done, asdict(config), config.keep)}")
 
         skipped = 0
         for stats in engine.run(train_batches, start.step, config.num_steps, metrics.progress):

@@ -39,10 +39,12 @@ class Engine(Protocol):
 
     updates: int  # optimizer steps that changed the weights
 
-    def initialize(self) -> None:
-        """Draws the initial weights from the seed."""
+    def initialize(self, progress: Callable = iter) -> None:
+        """Draws the initial weights from the seed, a unit after the other through `progress`."""
 
-    def load(self, read: Callable[[str], Tensor], updates: int | None) -> None:
+    def load(
+        self, read: Callable[[str], Tensor], updates: int | None, progress: Callable = iter
+    ) -> None:
         """Takes every tensor from `read(name)`; with updates None the weights alone."""
 
     def run(

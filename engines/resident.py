@@ -26,16 +26,19 @@ class ResidentEngine:
             self.master = GPT(config)
         self.master.to_empty(device="cpu")
 
-    def initialize(self) -> None:
+    def initialize(self, progress: Callable = iter) -> None:
         with ThreadPoolExecutor() as pool:
-            list(
-                pool.map(lambda u: self.master.init_unit(u, self.config.seed), self.master.units())
-            )
+            units = self.master.units()
+            drawn = [pool.submit(self.master.init_unit, u, self.config.seed) for u in units]
+            for future in progress(drawn):
+                future.result()
         self._place()
 
-    def load(self, read: Callable[[str], Tensor], updates: int | None) -> None:
+    def load(
+        self, read: Callable[[str], Tensor], updates: int | None, progress: Callable = iter
+    ) -> None:
         with torch.no_grad():
-            for name, parameter in self.master.named_parameters():
+            for name, parameter in progress(list(self.master.named_parameters())):
                 parameter.copy_(read_tensor(read, name, parameter.shape))
         self._place()
         if updates is not None and self.training:

@@ -114,7 +114,7 @@ class StreamingEngine:
 
     # The state: into the store, and out of it
 
-    def initialize(self) -> None:
+    def initialize(self, progress: Callable = iter) -> None:
         def draw(unit: str) -> None:
             module, layout = self.modules[unit], self.layouts[unit]
             weights = Array(layout.size).tensor
@@ -125,12 +125,15 @@ class StreamingEngine:
 
         at_a_time = INIT_BYTES // (4 * max(layout.size for layout in self.layouts.values()))
         with ThreadPoolExecutor(max(1, min(os.cpu_count(), int(at_a_time)))) as pool:
-            list(pool.map(draw, self.modules))
+            for future in progress([pool.submit(draw, unit) for unit in self.modules]):
+                future.result()
         self._place()
 
-    def load(self, read: Callable[[str], Tensor], updates: int | None) -> None:
+    def load(
+        self, read: Callable[[str], Tensor], updates: int | None, progress: Callable = iter
+    ) -> None:
         with_moments = updates is not None and self.training
-        for unit, layout in self.layouts.items():
+        for unit, layout in progress(list(self.layouts.items())):
             for row, prefix in enumerate(PREFIXES if with_moments else PREFIXES[:1]):
                 flat = Array(layout.size).tensor
                 for name, view in layout.views(flat).items():

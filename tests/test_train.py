@@ -24,6 +24,7 @@ from configuration import Configuration
 from dataset import EvalBatches, TrainBatches
 from engines import open_engine
 from engines.optimizer import learning_rate
+from machine import program_bytes
 from model import GPT
 
 
@@ -391,15 +392,18 @@ def test_a_gpu_that_is_not_there(run, config):
 
 
 def test_a_micro_batch_beyond_memory(run, config):
-    flags = ["--memory_limit", "1MB", "--micro_batch_size"]
-    assert run("train", config.path, *flags, 1, "--num_steps", 3).status == 0
-    flags += [4, "--checkpoint_path", "latest"]
-    refused(run("train", config.path, *flags), "4 sequences do not fit in memory, ")
+    """On a resume too."""
+    assert run("train", config.path, "--num_steps", 3).status == 0
+    limit = f"{program_bytes(gpu=False) // 10**6 + 200}MB"
+    flags = ["--memory_limit", limit, "--checkpoint_path", "latest", "--engine", "resident"]
+    flags += ["--batch_size", 4096, "--micro_batch_size"]
+    refused(run("train", config.path, *flags, 4096), "4096 sequences do not fit in memory, ")
+    assert run("train", config.path, *flags, 64, "--num_steps", 4).status == 0
 
 
 @pytest.mark.parametrize("name", ["13b", "70b", "175b"])
 def test_models_beyond_memory_are_refused_in_one_line(run, name):
-    seen = run("train", ROOT / f"configs/{name}.yaml", "--memory_limit", "24GB")
+    seen = run("train", ROOT / f"configs/{name}.yaml", "--memory_limit", "2GB")
     refused(seen, "this model does not fit")
 
 
