@@ -35,9 +35,12 @@ lint: install
 loc:
 	$(PYTHON) bench/loc.py
 
-# Our training step beside Hugging Face's, alternating.
+# Our training step beside Hugging Face's, and streaming beside resident, alternating.
 bench: install
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/streaming.py speed
+	$(BIN)/python bench/streaming.py memory
+	$(BIN)/python bench/streaming.py plan
 
 clean:
 	rm -rf .venv out/demo .pytest_cache .ruff_cache

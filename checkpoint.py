@@ -77,7 +77,7 @@ def save(
     """Writes a checkpoint and deletes all but the newest `keep`.
 
     progress: step, updates (steps that changed the weights) and train_tokens (in the dataset).
-    state: (name of a file, its tensors by name), each held only while it is written. The tokenizer
+    state: (name of a file, its tensors by name), emptied once they are written. The tokenizer
     of config["dataset"] is carried along. A checkpoint that is already there is left as it is.
     Raises UserError or OSError when it can't be written; then no folder has its name.
     """
@@ -101,6 +101,8 @@ def save(
                     "shape": list(tensor.shape),
                     "parts": [{"file": name, "rows": [0, tensor.shape[0]]}],
                 }
+            members.clear()  # frees them before the next are made, whoever passed them on
+            del tensor
         tokenizer = Path(config["dataset"]) / TOKENIZER
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, writing / TOKENIZER)

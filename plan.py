@@ -7,6 +7,7 @@ docs/streaming.md, and bench/plan.py holds it against what was measured.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, log2
@@ -14,9 +15,16 @@ from math import ceil, log2
 import torch
 
 from configuration import MODEL_KEYS, Configuration, parse_configuration
-from engines.store import BUFFERS, CHUNK
+from engines.store import BUFFERS, CHUNK, remove_abandoned
 from errors import UserError, command
-from machine import Machine, has_bf16_units, named_machine, parse_bytes, this_machine
+from machine import (
+    Machine,
+    has_bf16_units,
+    named_machine,
+    parse_bytes,
+    store_folder,
+    this_machine,
+)
 from model import GPT, GPTConfig
 
 MOST_TOKENS = {"CPU": 2048, "GPU": 32768}  # in a micro-batch: more is hardly faster
@@ -28,6 +36,7 @@ EFFICIENCY = {"CPU": 0.7, "GPU": 0.5}
 LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 32, ("CPU", "bf16"): 24}
 ENGINES = ("resident", "streaming")
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
+CUT = ("micro_batch_size", "pass_size", "recompute")  # what another choice would round differently
 TIERS = ("device", "host", "disk")
 
 
@@ -74,8 +83,15 @@ def resolve(config: Configuration, chosen: dict, training: bool = True) -> Plan:
     this machine doesn't have, what is not built yet, and what does not fit.
     """
     config = resolve_device(config, chosen)
-    micro_batch = chosen.get("micro_batch_size") if config.micro_batch_size is None else None
-    return best_plan(config, this_machine(config), micro_batch, training)
+    with suppress(OSError):
+        remove_abandoned(store_folder(config))  # before the free space is looked at
+    machine = this_machine(config)
+    plan = best_plan(config, machine, chosen.get("micro_batch_size"), training)
+    if plan.config.engine == chosen.get("engine") == "streaming":  # cut alike, it rounds alike
+        cut = {key: chosen[key] for key in CUT if getattr(config, key) in (None, "auto")}
+        same = make_plan(replace(plan.config, **cut), machine, training)
+        plan = plan if same.lacks else same
+    return plan
 
 
 def resolve_device(config: Configuration, chosen: dict) -> Configuration:
@@ -87,14 +103,18 @@ def resolve_device(config: Configuration, chosen: dict) -> Configuration:
         raise UserError("backend: CSX is not there yet; take CPU or GPU")
     if backend == "GPU" and not torch.cuda.is_available():
         raise UserError("backend: GPU was asked for and there is none; take --backend CPU")
-    if config.num_systems > 1:
-        raise UserError(f"num_systems: {config.num_systems} is not there yet; take 1")
-    if config.engine not in ("auto", *ENGINES):
-        raise UserError(f"engine: {config.engine} is not there yet; take {' or '.join(ENGINES)}")
+    check_built(config)
     precision = config.precision
     if precision == "auto":
         precision = chosen.get("precision") or faster_precision(config, backend)
     return replace(config, backend=backend, precision=precision)
+
+
+def check_built(config: Configuration) -> None:
+    if config.num_systems > 1:
+        raise UserError(f"num_systems: {config.num_systems} is not there yet; take 1")
+    if config.engine not in ("auto", *ENGINES):
+        raise UserError(f"engine: {config.engine} is not there yet; take {' or '.join(ENGINES)}")
 
 
 def faster_precision(config: Configuration, backend: str) -> str:
@@ -151,7 +171,8 @@ def cuts(
 ) -> Iterator[Configuration]:
     """The ways in which an engine could cut the step, each with the largest micro-batch."""
     fast = max(1, MOST_TOKENS[machine.backend] // config.sequence_length)
-    wanted = min(config.micro_batch_size or micro_batch or fast, config.batch_size)
+    most = min(config.batch_size, config.pass_size or config.batch_size)
+    wanted = min(config.micro_batch_size or micro_batch or fast, most)
     smallest = wanted if config.micro_batch_size else 1
     for shape in shapes(config, machine, training):
         size = wanted
@@ -185,13 +206,21 @@ def largest_pass(config: Configuration, machine: Machine, training: bool) -> Con
     if config.engine == "resident":
         return config
     micro_batches = -(-config.batch_size // config.micro_batch_size)
-    passes = range(1, micro_batches + 1) if config.pass_size is None else ()
-    for size in (-(-micro_batches // count) * config.micro_batch_size for count in passes):
-        cut = replace(config, pass_size=size)
-        if not make_plan(cut, machine, training).lacks:
-            return cut
-    whole = min((config.pass_size or 1) // config.micro_batch_size, micro_batches)
-    return replace(config, pass_size=max(1, whole) * config.micro_batch_size)
+
+    def cut(passes: int) -> Configuration:
+        return replace(config, pass_size=-(-micro_batches // passes) * config.micro_batch_size)
+
+    if config.pass_size is not None:
+        whole = min(config.pass_size // config.micro_batch_size, micro_batches)
+        return replace(config, pass_size=max(1, whole) * config.micro_batch_size)
+    low, high = 1, micro_batches
+    while low < high:
+        middle = (low + high) // 2
+        if make_plan(cut(middle), machine, training).lacks:
+            low = middle + 1
+        else:
+            high = middle
+    return cut(low)
 
 
 def make_plan(config: Configuration, machine: Machine, training: bool = True) -> Plan:
@@ -203,9 +232,8 @@ def make_plan(config: Configuration, machine: Machine, training: bool = True) ->
     compute += 2 * STATE_BYTES * count(config) / machine.bandwidth
     read, write = inward / machine.link, outward / machine.link
     if config.engine == "streaming" and config.stream_to == "disk":
-        read, write = max(read, inward / machine.read), max(write, outward / machine.write)
-        if machine.backend == "CPU":  # one drive does both, and a CPU's link is its own memory
-            read, write = inward / machine.read + outward / machine.write, 0.0
+        # one drive does both
+        read = max(read, write, inward / machine.read + outward / machine.write)
     tiers = {tier: int(number) for tier, number in needs(config, machine, training).items()}
     return Plan(config, machine, tiers, inward, outward, compute, max(read, write))
 
@@ -254,20 +282,28 @@ def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> 
         inputs = config.depth * boundary
     elif training:
         kept = config.pass_size * activation_bytes(config)
-    on_device = kept + (inputs if config.activations == "device" else 0)
+    on_host = inputs and config.activations == "host"
+    on_device = kept + (0 if on_host else inputs)
+    lookup = 4 * config.vocab_size * config.width if number == 2 else 0  # in fp32, in Embedding
     phases = [
         number * max(two, outside + block) + 2 * boundary + (0 if kept else one) + on_device,
+        number * (outside + block) + lookup + 2 * boundary,
         number * (outside + block) + head_bytes(config, training) + 2 * boundary + on_device,
     ]
     if training:
         gradients = 4 * max(two, outside + block)
-        phases[1] += 4 * outside
+        phases[-1] += 4 * outside
         phases.append(number * two + gradients + boundary + one + matrix + on_device)
     buffers = BUFFERS * 4 * min(CHUNK, max(block, outside)) * (4 if training else 1)
     state = count(config) * (STATE_BYTES if training else 4)
-    host = config.depth * 2 ** ceil(log2(boundary)) if config.activations == "host" else 0
+    # an array of a unit, and a tensor for it, when it is loaded or saved
+    whole = 4 * max(block, outside) + 16 * config.width**2
+    host = config.depth * 2 ** ceil(log2(boundary)) if on_host else 0
     host += state if config.stream_to == "ram" else buffers
-    device = max(phases) + (buffers if machine.backend == "GPU" else 0)
+    if machine.backend == "GPU":
+        device, host = max(phases) + buffers, host + whole
+    else:
+        device = max(*phases, whole + on_device - kept)
     return _tiers(machine, device, host, state if config.stream_to == "disk" else 0)
 
 
@@ -360,12 +396,13 @@ def time_text(seconds: float) -> str:
 def refusal(config: Configuration, plans: list[Plan], training: bool) -> str:
     """Why nothing fits, and what would."""
     plan = least_lacking(plans)
-    for key in ("micro_batch_size", "pass_size"):
-        if (asked := getattr(config, key)) is not None:
-            smaller = engine_plans(replace(config, **{key: None}), plan.machine, None, training)
-            if (fitting := first_fitting(smaller)) is not None:
-                fits = getattr(fitting.config, key)
-                return f"{key}: {asked} sequences do not fit in memory, {fits} do"
+    smaller = replace(config, micro_batch_size=None, pass_size=None)
+    if smaller != config:
+        fitting = first_fitting(engine_plans(smaller, plan.machine, None, training))
+        if fitting is not None:
+            key = "micro_batch_size" if config.micro_batch_size is not None else "pass_size"
+            asked, fits = getattr(config, key), getattr(fitting.config, key)
+            return f"{key}: {asked} sequences do not fit in memory, {fits} do"
     needs = " and ".join(
         f"{size_text(plan.bytes[tier])} {TIER_NAMES[tier]} where there are "
         f"{size_text(plan.has[tier])}"
@@ -416,8 +453,9 @@ def describe(plan: Plan) -> str:
         if number
     )
     lines.append(
-        f"takes {tiers}; about {time_text(plan.seconds)} a step, "
-        f"{time_text(plan.seconds * config.num_steps)} for {config.num_steps:,} steps"
+        f"takes {tiers}, a checkpoint {size_text(12 * count(config))}; about "
+        f"{time_text(plan.seconds)} a step, {time_text(plan.seconds * config.num_steps)} for "
+        f"{config.num_steps:,} steps"
     )
     return "\n".join(lines)
 
@@ -461,6 +499,7 @@ def main() -> None:
         if (text := more[option]) is not None
     }
     if more["device"] is not None:
+        check_built(config)
         precision = "bf16" if config.precision == "auto" else config.precision
         config = replace(config, backend="GPU", precision=precision)
         machine = named_machine(more["device"], config)

@@ -98,7 +98,7 @@ def plans() -> None:
     """Four configurations, each in a process of its own, with rates measured in the same minute."""
     from machine import rates_file
 
-    run = {"sequence_length": 1024, "batch_size": 8}
+    run = {"sequence_length": 1024, "batch_size": 2}
     disk = {"engine": "streaming", "stream_to": "disk"}
     cases = {
         "resident 111m": {**SHAPE_111M, **run, "engine": "resident"},

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +70,17 @@ def read_tensor(read: Callable[[str], Tensor], name: str, shape: torch.Size) -> 
         shapes = f"{list(tensor.shape)}, the model's is {list(shape)}"
         raise UserError(f"{name} has shape {shapes}: it is of another model")
     return tensor
+
+
+def finish(futures: list[Future], progress: Callable) -> None:
+    """Waits for all, or after an error for none that has not begun."""
+    try:
+        for future in progress(futures):
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
 
 
 def open_engine(config: Configuration, training: bool = True) -> Engine:

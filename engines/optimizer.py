@@ -66,7 +66,7 @@ class Update:
             (state[:, decaying:], 0.0),
         ):
             weight, exp_avg, exp_avg_sq, gradient = ([row] for row in piece)
-            before = torch.tensor(self.number - 1.0, device=state.device)
+            before = torch.full((), self.number - 1.0, device=state.device)
             adamw(
                 *(weight, gradient, exp_avg, exp_avg_sq, [], [before]),
                 fused=True,

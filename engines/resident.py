@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configuration import Configuration
-from engines import Batches, StepStats, read_tensor
+from engines import Batches, StepStats, finish, read_tensor
 from engines.optimizer import BETAS, MOMENTS, clip_factor, learning_rate, parameter_groups
 from model import GPT, IGNORE, derive_seed
 
@@ -30,8 +30,7 @@ class ResidentEngine:
         with ThreadPoolExecutor() as pool:
             units = self.master.units()
             drawn = [pool.submit(self.master.init_unit, u, self.config.seed) for u in units]
-            for future in progress(drawn):
-                future.result()
+            finish(drawn, progress)
         self._place()
 
     def load(

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class Store:
         self.sizes = sizes
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
         self.written: dict[str, list[Future]] = defaultdict(list)
+        self.lock = Lock()  # of `written`, which the engine's threads share
 
     def spans(self, unit: str) -> list[tuple[int, int]]:
         """(begin, end) of each chunk of a unit."""
@@ -102,11 +104,14 @@ class Store:
             finally:
                 self._free(chunk)
 
-        self.written[chunk.unit].append(self.threads.submit(finish))
+        with self.lock:
+            self.written[chunk.unit].append(self.threads.submit(finish))
 
     def settle(self, unit: str) -> None:
         """Waits until all that was given back of a unit is written; raises what went wrong."""
-        for future in self.written.pop(unit, ()):
+        with self.lock:
+            futures = self.written.pop(unit, ())
+        for future in futures:
             future.result()
 
     def close(self) -> None:
@@ -118,12 +123,14 @@ class RamStore(Store):
 
     def __init__(self, sizes: dict[str, int], kinds: int, pin: bool):
         super().__init__(sizes)
-        self.chunks = {
-            unit: [
-                torch.zeros(kinds, end - begin, pin_memory=pin) for begin, end in self.spans(unit)
-            ]
-            for unit in sizes
-        }
+        try:
+            self.chunks = {
+                unit: [torch.zeros(kinds, e - b, pin_memory=pin) for b, e in self.spans(unit)]
+                for unit in sizes
+            }
+        except RuntimeError as error:  # torch's way to say that there is no memory
+            reason = str(error).splitlines()[0]
+            raise UserError(f"host memory: {reason}; take --stream_to disk") from None
 
     def room(self, unit: str, index: int, kinds: slice) -> Chunk:
         return Chunk(unit, index, kinds, self.chunks[unit][index][kinds])
@@ -141,7 +148,7 @@ class DiskStore(Store):
         self.kinds, self.files = kinds, {}
         self.free: SimpleQueue[Tensor | None] = SimpleQueue()
         try:
-            self.folder, self.lock = _make_folder(parent)
+            self.folder, self.claim = _make_folder(parent)
         except OSError as error:
             raise UserError(f"stream_dir {parent}: {error.strerror}; name another") from None
         try:
@@ -155,17 +162,17 @@ class DiskStore(Store):
             ) from None
         largest = min(CHUNK, max(sizes.values()))
         for _ in range(BUFFERS):
-            memory = torch.empty(kinds * largest + PAGE // 4, pin_memory=pin)
+            spare = 0 if pin else PAGE // 4  # pinned memory is aligned
+            memory = torch.empty(kinds * largest + spare, pin_memory=pin)
             self.free.put(memory[-memory.data_ptr() % PAGE // 4 :])
 
     def _create(self, path: Path, size: int) -> int:
-        flags = os.O_RDWR | os.O_CREAT
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
         try:
-            descriptor = os.open(path, flags | os.O_DIRECT, 0o600)
+            return os.open(path, os.O_RDWR | os.O_DIRECT)
         except OSError:  # not every file system can
-            descriptor = os.open(path, flags, 0o600)
-        os.posix_fallocate(descriptor, 0, size)
-        return descriptor
+            return os.open(path, os.O_RDWR)
 
     def room(self, unit: str, index: int, kinds: slice) -> Chunk:
         begin, end = self.spans(unit)[index]
@@ -210,21 +217,26 @@ class DiskStore(Store):
         for descriptor in self.files.values():
             os.close(descriptor)
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self.lock)
+        os.close(self.claim)
 
 
 PREFIX = "gigagpt-store-"
 
 
 def _make_folder(parent: Path) -> tuple[Path, int]:
-    """A folder of this process's own, and the lock that tells others that it lives. Those whose
-    process was killed are removed."""
+    """A folder of this process's own, and the lock that tells others that it lives."""
     with _locked(parent, wait=True):  # nobody removes a folder between its making and its locking
-        for abandoned in parent.glob(f"{PREFIX}*"):
-            with suppress(OSError), _locked(abandoned):
-                shutil.rmtree(abandoned, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         return folder, _lock(folder)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Removes the stores whose process was killed."""
+    if any(parent.glob(f"{PREFIX}*")):
+        with _locked(parent, wait=True):
+            for folder in parent.glob(f"{PREFIX}*"):
+                with suppress(OSError), _locked(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(folder: Path, wait: bool = False) -> int:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from configuration import Configuration
-from engines import Batches, StepStats, read_tensor
+from engines import Batches, StepStats, finish, read_tensor
 from engines.optimizer import MOMENTS, Update, clip_factor, decays, learning_rate
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
+from errors import UserError
 from model import GPT, IGNORE, derive_seed
 
 AHEAD = 2  # chunks that are read, or on their way to the device, while one is worked on
@@ -107,10 +108,9 @@ class StreamingEngine:
         kinds, pin = (4 if self.training else 1), self.device.type == "cuda"
         if self.config.stream_to == "ram":
             return RamStore(sizes, kinds, pin)
-        if self.config.stream_dir is not None:
-            return DiskStore(sizes, kinds, pin, Path(self.config.stream_dir))
-        Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
-        return DiskStore(sizes, kinds, pin, Path(self.config.out_dir))
+        if self.config.stream_dir is None:
+            Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
+        return DiskStore(sizes, kinds, pin, Path(self.config.stream_dir or self.config.out_dir))
 
     # The state: into the store, and out of it
 
@@ -125,8 +125,7 @@ class StreamingEngine:
 
         at_a_time = INIT_BYTES // (4 * max(layout.size for layout in self.layouts.values()))
         with ThreadPoolExecutor(max(1, min(os.cpu_count(), int(at_a_time)))) as pool:
-            for future in progress([pool.submit(draw, unit) for unit in self.modules]):
-                future.result()
+            finish([pool.submit(draw, unit) for unit in self.modules], progress)
         self._place()
 
     def load(
@@ -171,6 +170,7 @@ class StreamingEngine:
                     self.store.give_back(chunk, self.streams.Event())
                 views = layout.views(flat).items()
                 yield f"{prefix}{unit}", {f"{prefix}{unit}.{name}": view for name, view in views}
+                del flat, views  # before the next array is made
 
     # What moves
 
@@ -205,12 +205,17 @@ class StreamingEngine:
     def _read(self, unit: str, kinds: slice) -> Iterator:
         """The chunks of a unit, read ahead."""
         reads = deque()
-        for index in range(len(self.store.spans(unit))):
-            reads.append(self.store.read(unit, index, kinds))
-            if len(reads) > AHEAD:
+        try:
+            for index in range(len(self.store.spans(unit))):
+                reads.append(self.store.read(unit, index, kinds))
+                if len(reads) > AHEAD:
+                    yield reads.popleft().result()
+            while reads:
                 yield reads.popleft().result()
-        for future in reads:
-            yield future.result()
+        finally:  # after an error: who waits for a buffer must not wait for these
+            for future in reads:
+                with suppress(UserError, RuntimeError):
+                    self.store.give_back(future.result(), self.streams.Event())
 
     def _fetch(self, unit: str, update: Update | None, allocated: object) -> object:
         """Brings the weights to the device, chunk by chunk, after their update if there is one.
@@ -262,7 +267,8 @@ class StreamingEngine:
                 moving.popleft().synchronize()
         for done in moving:
             done.synchronize()
-        return torch.stack(squares).sum().item()
+        with self.streams.stream(self.outward):  # not to wait for what computes
+            return torch.stack(squares).sum().item()
 
     # What is computed
 
@@ -444,6 +450,9 @@ class StreamingEngine:
         self.store.close()
         for thread in (self.fetcher, self.taker):
             thread.shutdown(cancel_futures=True)
+        del self.store, self.model, self.modules, self.weights
+        self.settled.clear()
+        self.graphs.clear()
 
 
 class Array:
@@ -463,7 +472,8 @@ class Array:
         self.bytes, self.memory = size * dtype.itemsize, None
         if device.type == "cpu":
             self.memory = mmap.mmap(-1, self.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without them
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
             self.tensor = torch.frombuffer(self.memory, dtype=dtype)
         else:
             self.tensor = torch.zeros(size, dtype=dtype, device=device)

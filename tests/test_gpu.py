@@ -1,9 +1,11 @@
-"""The resident engine on CUDA against the same on the CPU."""
+"""The engines on CUDA against the resident one on the CPU."""
 
 import pytest
 import torch
 from conftest import records
 from test_train import close, engine_config, train
+
+from engines import store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +23,39 @@ def test_fp32_equals_the_cpu(dataset):
     for a, b in zip(cpu, gpu, strict=True):
         assert close(b.loss, a.loss, 1e-5)
         assert close(b.grad_norm, a.grad_norm, 1e-4)
+
+
+STREAMED = [
+    {"stream_to": "ram", "recompute": True},
+    {"stream_to": "disk", "recompute": True, "micro_batch_size": 1},
+    {"stream_to": "ram", "recompute": False, "dropout": 0.0},
+    {"stream_to": "ram", "recompute": True, "micro_batch_size": 1, "activations": "host"},
+    {"stream_to": "disk", "recompute": True, "micro_batch_size": 1, "pass_size": 2},
+]
+
+
+@pytest.mark.parametrize("keys", STREAMED)
+def test_streaming_equals_resident(dataset, tmp_path, monkeypatch, keys):
+    """Many small chunks, so that copies in both directions and updates overlap."""
+    monkeypatch.setattr(store, "CHUNK", 1024)
+    keys = {"activations": "device", "pass_size": 4, "depth": 6, "learning_rate": 1e-3} | keys
+    config = engine_config(backend="GPU", engine="streaming", out_dir=str(tmp_path), **keys)
+    same = {key: keys[key] for key in ("depth", "learning_rate")}
+    same["micro_batch_size"] = config.micro_batch_size
+    expected, _ = train(engine_config(backend="GPU", **same), dataset)
+    got, engine = train(config, dataset)
+    for a, b in zip(expected, got, strict=True):
+        assert close(b.loss, a.loss, 1e-5)
+        assert close(b.grad_norm, a.grad_norm, 1e-4)
+    engine.close()
+
+
+def test_a_run_crosses_from_resident_to_streaming(run, config):
+    flags = ["--backend", "GPU", "--precision", "fp32", "--checkpoint_path", "latest"]
+    for engine, steps in (("resident", 3), ("streaming", 6), ("resident", 8)):
+        seen = run("train", config.path, *flags, "--engine", engine, "--num_steps", steps)
+        assert seen.status == 0, seen.err
+    assert [r["step"] for r in records(config.out)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_bf16_follows_fp32(dataset):

@@ -21,7 +21,7 @@ MAY_KNOW = {
     "engines/optimizer": {"configuration"},
     "engines/resident": {"configuration", "model", "engines"},
     "engines/store": {"errors"},
-    "engines/streaming": {"configuration", "model", "engines"},
+    "engines/streaming": {"configuration", "model", "engines", "errors"},
 }
 PLANNERS = {"plan", "train", "eval"}
 

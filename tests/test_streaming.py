@@ -313,7 +313,7 @@ def test_bad_folders(run, config, tmp_path):
     refused(run("train", config.path, *flags), "nowhere is not a folder; make it first")
     flags = [*FLAGS, "--stream_dir", config.path]
     refused(run("train", config.path, *flags), "is not a folder; make it first")
-    refused(run("train", config.path, *FLAGS, "--stream_dir", "/proc"), "/proc: ")
+    refused(run("train", config.path, *FLAGS, "--stream_dir", "/proc"), "/proc can't be written to")
 
 
 def test_what_does_not_fit_in_memory(config):
