@@ -148,4 +148,4 @@ class ResidentEngine:
         return state[moment] if state else torch.zeros_like(parameter, requires_grad=False)
 
     def close(self) -> None:
-        del self.master, self.model, self.optimizer
+        self.master = self.model = self.optimizer = None

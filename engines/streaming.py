@@ -85,6 +85,7 @@ class StreamingEngine:
         if training and config.recompute:
             self.inputs = Inputs(config, self.device, self.dtype)
         self.settled: dict[str, Tensor] = {}
+        self.weights: dict[str, Array] = {}
         self.graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         with torch.device("meta"):
             self.model = GPT(config)
@@ -144,7 +145,6 @@ class StreamingEngine:
     def _place(self) -> None:
         """Makes every parameter a view of its unit's array on the device. That array has memory
         only while the unit is there."""
-        self.weights = {}
         for unit, layout in self.layouts.items():
             self.weights[unit] = Array(layout.size, self.dtype, self.device)
             _mount(self.modules[unit], layout.views(self.weights[unit].tensor))
@@ -450,9 +450,9 @@ class StreamingEngine:
         self.store.close()
         for thread in (self.fetcher, self.taker):
             thread.shutdown(cancel_futures=True)
-        del self.store, self.model, self.modules, self.weights
-        self.settled.clear()
-        self.graphs.clear()
+        self.store = self.model = self.inputs = None
+        for held in (self.modules, self.weights, self.settled, self.graphs):
+            held.clear()
 
 
 class Array:

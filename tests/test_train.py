@@ -478,11 +478,11 @@ def test_two_runs_in_one_folder(run, config):
 def test_a_stop_cuts_an_evaluation_short(run, config, monkeypatch):
     import train as command
 
-    def signal_then_watch(batches):
-        for i, batch in enumerate(batches):
-            if i == 1:
+    def signal_then_watch(items, what="evaluating", **more):
+        for i, item in enumerate(items):
+            if i == 1 and what == "evaluating":
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+            yield item
 
     monkeypatch.setattr(command, "watch", signal_then_watch)
     seen = run("train", config.path, "--eval_steps", 2)
