@@ -478,7 +478,7 @@ def test_two_runs_in_one_folder(run, config):
 def test_a_stop_cuts_an_evaluation_short(run, config, monkeypatch):
     import train as command
 
-    def signal_then_watch(items, what="evaluating", **more):
+    def signal_then_watch(items, what="evaluating", *more, **keys):
         for i, item in enumerate(items):
             if i == 1 and what == "evaluating":
                 os.kill(os.getpid(), signal.SIGTERM)
