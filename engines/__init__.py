@@ -1,8 +1,10 @@
 """The seam between the loop and what runs a step: every engine offers the same few methods."""
 
 import ctypes
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +13,11 @@ import torch
 from torch import Tensor
 
 from configuration import Configuration
+from engines.optimizer import learning_rate
 from errors import UserError
+from model import GPT, IGNORE
 
+INIT_BYTES = 4e9  # of units that are drawn at a time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 Batches = Callable[[int, int], object]  # (rank, world) -> indexed by step: (ids, targets) of int64
 
@@ -62,6 +67,47 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees what the engine holds."""
+
+
+def run_steps(
+    config: Configuration, source: object, start: int, stop: int, one_step: Callable
+) -> Iterator[StepStats]:
+    """What `run` yields, where one_step(step, ids, targets, rate) -> (loss, gradient's norm)."""
+    for step in range(start, stop):
+        began = time.perf_counter()
+        rate = learning_rate(config, step + 1)
+        loss, grad_norm = one_step(step, *source[step], rate)
+        tokens = config.batch_size * config.sequence_length
+        yield StepStats(step + 1, loss, grad_norm, rate, tokens, time.perf_counter() - began)
+
+
+def micro_batches(
+    config: Configuration, device: torch.device, ids: np.ndarray, targets: np.ndarray
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, targets) on the device, micro_batch_size sequences at a time."""
+    for begin in range(0, len(ids), config.micro_batch_size):
+        rows = slice(begin, begin + config.micro_batch_size)
+        yield tuple(torch.from_numpy(a[rows]).to(device) for a in (ids, targets))
+
+
+@torch.no_grad()
+def sum_losses(model: GPT, source: Iterable, losses: Callable) -> tuple[float, int]:
+    """What `evaluate` returns, where losses(ids, targets) -> the sum over them, fp64."""
+    total, tokens = 0.0, 0
+    model.eval()
+    for ids, targets in source:
+        total += losses(ids, targets).item()
+        tokens += int((targets != IGNORE).sum())
+    model.train()
+    return total, tokens
+
+
+def draw_units(model: GPT, draw: Callable[[str], None], progress: Callable) -> None:
+    """draw(unit) for every unit, several at a time as far as INIT_BYTES allow."""
+    sizes = [sum(4 * p.numel() for p in unit.parameters()) for unit in model.units().values()]
+    at_a_time = max(1, min(os.cpu_count(), int(INIT_BYTES / max(sizes))))
+    with ThreadPoolExecutor(at_a_time) as pool:
+        finish([pool.submit(draw, unit) for unit in model.units()], progress)
 
 
 def read_tensor(read: Callable[[str], Tensor], name: str, shape: torch.Size) -> Tensor:

@@ -1,18 +1,25 @@
 """The model, its gradients and its optimizer on one device: plain PyTorch, every test's oracle."""
 
 import copy
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configuration import Configuration
-from engines import Batches, StepStats, finish, read_tensor
-from engines.optimizer import BETAS, MOMENTS, clip_factor, learning_rate, parameter_groups
-from model import GPT, IGNORE, derive_seed
+from engines import (
+    Batches,
+    StepStats,
+    draw_units,
+    micro_batches,
+    read_tensor,
+    run_steps,
+    sum_losses,
+)
+from engines.optimizer import BETAS, MOMENTS, clip_factor, parameter_groups
+from model import GPT, derive_seed
 
 
 class ResidentEngine:
@@ -27,10 +34,7 @@ class ResidentEngine:
         self.master.to_empty(device="cpu")
 
     def initialize(self, progress: Callable = iter) -> None:
-        with ThreadPoolExecutor() as pool:
-            units = self.master.units()
-            drawn = [pool.submit(self.master.init_unit, u, self.config.seed) for u in units]
-            finish(drawn, progress)
+        draw_units(self.master, partial(self.master.init_unit, seed=self.config.seed), progress)
         self._place()
 
     def load(
@@ -69,23 +73,19 @@ class ResidentEngine:
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
-        source = batches(0, 1)
-        self.model.train()
-        for step in range(start, stop):
-            began = time.perf_counter()
-            ids, targets = source[step]
+        def one_step(step: int, ids: np.ndarray, targets: np.ndarray, rate: float) -> tuple:
             loss = self._accumulate(ids, targets, step, progress) / targets.size
-            rate = learning_rate(self.config, step + 1)
-            grad_norm = self._update(loss, rate)
-            seconds = time.perf_counter() - began
-            yield StepStats(step + 1, loss, grad_norm, rate, targets.size, seconds)
+            return loss, self._update(loss, rate)
+
+        self.model.train()
+        yield from run_steps(self.config, batches(0, 1), start, stop, one_step)
 
     def _accumulate(
         self, ids: np.ndarray, targets: np.ndarray, step: int, progress: Callable[[float], None]
     ) -> float:
         """Leaves the gradient of the mean loss in the model, returns the sum of the losses."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, (x, y) in enumerate(self._micro_batches(ids, targets)):
+        for number, (x, y) in enumerate(micro_batches(self.config, self.device, ids, targets)):
             loss = self.model(x, y, derive_seed(self.config.seed, step, number))
             (loss / targets.size).backward()
             total += loss.detach()
@@ -114,20 +114,11 @@ class ResidentEngine:
             torch._foreach_copy_(list(self.model.parameters()), list(self.master.parameters()))
 
     def evaluate(self, batches: Batches, progress: Callable = iter) -> tuple[float, int]:
-        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        self.model.eval()
-        with torch.no_grad():
-            for ids, targets in progress(batches(0, 1)):
-                for x, y in self._micro_batches(ids, targets):
-                    total += self.model(x, y)
-                tokens += int((targets != IGNORE).sum())
-        self.model.train()
-        return total.item(), tokens
+        def losses(ids: np.ndarray, targets: np.ndarray) -> Tensor:
+            cut = micro_batches(self.config, self.device, ids, targets)
+            return torch.stack([self.model(x, y) for x, y in cut]).double().sum()
 
-    def _micro_batches(self, ids: np.ndarray, targets: np.ndarray) -> Iterator[tuple]:
-        for begin in range(0, len(ids), self.config.micro_batch_size):
-            rows = slice(begin, begin + self.config.micro_batch_size)
-            yield tuple(torch.from_numpy(a[rows]).to(self.device) for a in (ids, targets))
+        return sum_losses(self.model, progress(batches(0, 1)), losses)
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for unit, module in self.master.units().items():

@@ -12,8 +12,6 @@ away. On a GPU each has a stream of its own; on a CPU streams and events do noth
 
 import math
 import mmap
-import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,16 +24,23 @@ import torch
 from torch import Tensor, nn
 
 from configuration import Configuration
-from engines import Batches, StepStats, finish, read_tensor
-from engines.optimizer import MOMENTS, Update, clip_factor, decays, learning_rate
+from engines import (
+    Batches,
+    StepStats,
+    draw_units,
+    micro_batches,
+    read_tensor,
+    run_steps,
+    sum_losses,
+)
+from engines.optimizer import MOMENTS, Update, clip_factor, decays
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
 from errors import UserError
-from model import GPT, IGNORE, derive_seed
+from model import GPT, derive_seed
 
 AHEAD = 2  # chunks that are read, or on their way to the device, while one is worked on
 ALIGNMENT = 64  # numbers: where a parameter may start in its unit's array
 PREFIXES = ("", *(f"{moment}." for moment in MOMENTS))  # of names, by row in the store
-INIT_BYTES = 4e9  # of units that are drawn at a time
 
 
 @dataclass
@@ -124,9 +129,7 @@ class StreamingEngine:
             self._put(unit, WEIGHT, weights)
             module.to("meta")
 
-        at_a_time = INIT_BYTES // (4 * max(layout.size for layout in self.layouts.values()))
-        with ThreadPoolExecutor(max(1, min(os.cpu_count(), int(at_a_time)))) as pool:
-            finish([pool.submit(draw, unit) for unit in self.modules], progress)
+        draw_units(self.model, draw, progress)
         self._place()
 
     def load(
@@ -275,20 +278,17 @@ class StreamingEngine:
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
-        source = batches(0, 1)
-        self.model.train()
-        for step in range(start, stop):
-            began = time.perf_counter()
-            ids, targets = source[step]
+        def one_step(step: int, ids: np.ndarray, targets: np.ndarray, rate: float) -> tuple:
             loss, norm = self._accumulate(ids, targets, step, progress)
-            rate = learning_rate(self.config, step + 1)
             if math.isfinite(loss) and math.isfinite(norm):
                 self.updates += 1
                 clip = clip_factor(self.config, norm)
                 self.update = Update(self.config, rate, clip, self.updates)
                 self.stale = set(self.modules)
-            seconds = time.perf_counter() - began
-            yield StepStats(step + 1, loss, norm, rate, targets.size, seconds)
+            return loss, norm
+
+        self.model.train()
+        yield from run_steps(self.config, batches(0, 1), start, stop, one_step)
 
     def _accumulate(
         self, ids: np.ndarray, targets: np.ndarray, step: int, progress: Callable[[float], None]
@@ -304,23 +304,21 @@ class StreamingEngine:
 
         self.taken.clear()
         loss = 0.0
-        for micro_batches in self._passes(ids, targets, step):
-            loss += self._pass(micro_batches, targets.size, tick)
+        for cut in self._passes(ids, targets, step):
+            loss += self._pass(cut, targets.size, tick)
         squares = sum(future.result() for future in self.taken.values())
         return loss / targets.size, math.sqrt(squares)
 
     def _passes(
         self, ids: np.ndarray, targets: np.ndarray, step: int = 0
     ) -> Iterator[list[MicroBatch]]:
-        size = self.config.micro_batch_size
-        per_pass = self.config.pass_size // size
-        micro_batches = []
-        for number, begin in enumerate(range(0, len(ids), size)):
-            rows = (torch.from_numpy(a[begin : begin + size]) for a in (ids, targets))
-            seed = derive_seed(self.config.seed, step, number)
-            micro_batches.append(MicroBatch(*(row.to(self.device) for row in rows), seed))
-        for begin in range(0, len(micro_batches), per_pass):
-            yield micro_batches[begin : begin + per_pass]
+        per_pass = self.config.pass_size // self.config.micro_batch_size
+        cut = [
+            MicroBatch(x, y, derive_seed(self.config.seed, step, number))
+            for number, (x, y) in enumerate(micro_batches(self.config, self.device, ids, targets))
+        ]
+        for begin in range(0, len(cut), per_pass):
+            yield cut[begin : begin + per_pass]
 
     def _pass(
         self, micro_batches: list[MicroBatch], tokens: int, tick: Callable[[Tensor, bool], None]
@@ -421,18 +419,14 @@ class StreamingEngine:
             self.taken[unit] = future
             self.taking.append(future)
 
-    @torch.no_grad()
     def evaluate(self, batches: Batches, progress: Callable = iter) -> tuple[float, int]:
-        total, tokens = 0.0, 0
-        self.model.eval()
-        for ids, targets in progress(batches(0, 1)):
-            for micro_batches in self._passes(ids, targets):
-                total += self._evaluate_pass(micro_batches)
-            tokens += int((targets != IGNORE).sum())
-        self.model.train()
-        return total, tokens
+        def losses(ids: np.ndarray, targets: np.ndarray) -> Tensor:
+            passes = self._passes(ids, targets)
+            return torch.stack([self._evaluate_pass(cut) for cut in passes]).sum()
 
-    def _evaluate_pass(self, micro_batches: list[MicroBatch]) -> float:
+        return sum_losses(self.model, progress(batches(0, 1)), losses)
+
+    def _evaluate_pass(self, micro_batches: list[MicroBatch]) -> Tensor:
         visits = self._visit([self.embedding, *self.blocks, self.head])
         next(visits)
         hidden = [self._embed(micro_batch) for micro_batch in micro_batches]
@@ -444,7 +438,7 @@ class StreamingEngine:
         pairs = zip(hidden, micro_batches, strict=True)
         losses = [self.model.loss(x, micro_batch.targets).double() for x, micro_batch in pairs]
         next(visits, None)
-        return torch.stack(losses).sum().item()
+        return torch.stack(losses).sum()
 
     def close(self) -> None:
         self.store.close()

@@ -17,7 +17,7 @@ MAY_KNOW = {
     "machine": {"configuration", "errors"},
     "plan": {"configuration", "model", "errors", "machine", "engines"},
     "metrics": {"engines"},
-    "engines/__init__": {"configuration", "errors", "engines"},
+    "engines/__init__": {"configuration", "model", "errors", "engines"},
     "engines/optimizer": {"configuration"},
     "engines/resident": {"configuration", "model", "engines"},
     "engines/store": {"errors"},
