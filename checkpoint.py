@@ -4,6 +4,10 @@
 files, every file with its size and SHA-256, the step, the configuration and the tokenizer. A folder
 is written under another name and renamed when it is whole, and renamed before it is deleted: one of
 this name is always whole. Nothing that is read can run code.
+
+Several systems write one together, each the rows that it has. `world` is what they are: its `rank`,
+`gather(value)`, the values of all by rank, and `together()`, in which an error of one is every
+one's (systems.py).
 """
 
 import fcntl
@@ -13,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +30,7 @@ from errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+LOCK = "lock"
 UNFINISHED = (".writing", ".deleting")
 
 
@@ -44,19 +49,41 @@ def find_checkpoints(out_dir: Path) -> dict[int, Path]:
 
 
 @contextmanager
-def lock(out_dir: Path) -> Iterator[None]:
-    """Keeps other runs out of the folder; the system lets go of it when the process ends."""
-    with open(out_dir / "lock", "a+") as file:
+def claim(out_dir: Path, world) -> Iterator[None]:
+    """Makes the folder if it is not there, removes what a killed run left half-done in it and keeps
+    other runs out. It must be the same folder on every system."""
+    with ExitStack() as stack:
+        with world.together():
+            if world.rank == 0:
+                out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(out_dir / LOCK))
+                remove_unfinished(out_dir)
+        holder = (out_dir / LOCK).read_text() if (out_dir / LOCK).is_file() else None
+        first = world.gather(holder)[0]
+        with world.together():
+            if holder != first:
+                raise UserError(
+                    f"out_dir: {out_dir} is not the folder that system 0 has by this name; name "
+                    f"one that all share"
+                )
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Writes our process id there; the system lets go of it when the process ends."""
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{out_dir} is in use by process {file.read()}; take another --out_dir"
+                f"{path.parent} is in use by process {file.read()}; take another --out_dir"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        os.fsync(file.fileno())  # for the other systems
         yield
 
 
@@ -73,57 +100,86 @@ def save(
     progress: dict,
     config: dict,
     keep: int | None,
+    world,
 ) -> Path:
     """Writes a checkpoint and deletes all but the newest `keep`.
 
     progress: step, updates (steps that changed the weights) and train_tokens (in the dataset).
-    state: (name of a file, its tensors by name), emptied once they are written. The tokenizer
-    of config["dataset"] is carried along. A checkpoint that is already there is left as it is.
-    Raises UserError or OSError when it can't be written; then no folder has its name.
+    state: (name of a file, its tensors by name), emptied once they are written; of a tensor that
+    several systems have, each gives the rows that follow those of the rank before it. The
+    tokenizer of config["dataset"] is carried along. A checkpoint that is already there is left as
+    it is. Raises UserError when it can't be written; then no folder has its name.
     """
-    path = checkpoint_path(out_dir, progress["step"])
-    if (path / MANIFEST).is_file():
-        return path
-    if path.exists():
-        _delete(path)  # not ours, or not whole: only whole ones are given the name
+    path, first = checkpoint_path(out_dir, progress["step"]), world.rank == 0
     writing = path.with_name(path.name + UNFINISHED[0])
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    files, tensors = {}, {}
+    with world.together():
+        there = (path / MANIFEST).is_file()
+        if first and not there:
+            if path.exists():
+                _delete(path)  # not ours, or not whole: only whole ones are given the name
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+    if world.gather(there)[0]:
+        return path
     try:
-        for group, members in state:
-            name = f"{group}.safetensors"
-            save_file({k: tensor.contiguous() for k, tensor in members.items()}, writing / name)
-            files[name] = _describe(writing / name)
-            for key, tensor in members.items():
-                tensors[key] = {
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "shape": list(tensor.shape),
-                    "parts": [{"file": name, "rows": [0, tensor.shape[0]]}],
-                }
-            members.clear()  # frees them before the next are made, whoever passed them on
-            del tensor
-        tokenizer = Path(config["dataset"]) / TOKENIZER
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, writing / TOKENIZER)
-            files[TOKENIZER] = _describe(writing / TOKENIZER)
-        manifest = {"format": FORMAT, **progress, "config": config}
-        manifest |= {"files": files, "tensors": tensors}
-        (writing / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for name in [*files, MANIFEST]:
-            _sync(writing / name)
-        _sync(writing)
-        writing.rename(path)
-        _sync(out_dir)
+        with world.together(), _told(path):
+            written = [_write(writing, group, members) for group, members in state]
+        gathered = world.gather(written)
+        with world.together(), _told(path):
+            if first:
+                manifest = {"format": FORMAT, **progress, "config": config}
+                _finish(path, writing, manifest, [part for rank in gathered for part in rank])
+    finally:
+        if first:
+            shutil.rmtree(writing, ignore_errors=True)  # not there any more when all went well
+    if first:
+        prune(out_dir, keep)
+    return path
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} could not be written ({error}); free some space: the checkpoints before it "
             f"are whole, and --checkpoint_path latest goes on from the newest"
         ) from None
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)  # not there any more when all went well
-    prune(out_dir, keep)
-    return path
+
+
+def _write(folder: Path, group: str, members: dict[str, Tensor]) -> tuple[str, dict, dict]:
+    """Writes a file; returns its name, what it is, and the dtype and shape of its tensors."""
+    name = f"{group}.safetensors"
+    save_file({k: tensor.contiguous() for k, tensor in members.items()}, folder / name)
+    kinds = {k: (str(t.dtype).removeprefix("torch."), list(t.shape)) for k, t in members.items()}
+    members.clear()  # frees them before the next are made, whoever passed them on
+    _sync(folder / name)
+    return name, _describe(folder / name), kinds
+
+
+def _finish(path: Path, writing: Path, manifest: dict, written: list[tuple]) -> None:
+    """Completes a folder in which all files are, and gives it its name."""
+    files, tensors = {}, {}
+    for name, description, kinds in written:
+        files[name] = description
+        for key, (dtype, shape) in kinds.items():
+            entry = tensors.setdefault(key, {"dtype": dtype, "shape": [0, *shape[1:]], "parts": []})
+            if shape[0]:
+                rows = [entry["shape"][0], entry["shape"][0] + shape[0]]
+                entry["parts"].append({"file": name, "rows": rows})
+                entry["shape"][0] = rows[1]
+    tokenizer = Path(manifest["config"]["dataset"]) / TOKENIZER
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, writing / TOKENIZER)
+        files[TOKENIZER] = _describe(writing / TOKENIZER)
+        _sync(writing / TOKENIZER)
+    content = json.dumps(manifest | {"files": files, "tensors": tensors}, indent=1)
+    (writing / MANIFEST).write_text(content, encoding="utf-8")
+    _sync(writing / MANIFEST)
+    _sync(writing)
+    writing.rename(path)
+    _sync(path.parent)
 
 
 def _describe(path: Path) -> dict:
@@ -182,6 +238,12 @@ class Checkpoint:
             raise self._damaged(f"{MANIFEST} can't be understood") from None
         self._verified: set[str] = set()
 
+    def verify(self, rank: int, world: int) -> None:
+        """Checks every world-th file, from the rank-th on: when all systems have, all are right."""
+        for name in list(self.files)[rank::world]:
+            self._verify(name)
+        self._verified = set(self.files)
+
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path} is damaged: {what}; delete it to go on from the one before")
 
@@ -204,29 +266,38 @@ class Checkpoint:
         if row != entry["shape"][0]:
             raise self._damaged(f"rows from {row} of {name} are missing")
 
-    def _open(self, name: str):
-        """The tensors of a file whose checksum was found right."""
-        if name not in self._verified:
-            if _describe(self.path / name)["sha256"] != self.files[name]["sha256"]:
-                raise self._damaged(f"{name} was changed (its checksum differs)")
-            self._verified.add(name)
-        return safe_open(self.path / name, framework="pt")
+    def _verify(self, name: str) -> None:
+        if _describe(self.path / name)["sha256"] != self.files[name]["sha256"]:
+            raise self._damaged(f"{name} was changed (its checksum differs)")
+        self._verified.add(name)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor on the CPU, or some of its rows."""
         if name not in self.tensors:
             raise UserError(f"{self.path} holds no {name}: it is of another model")
-        entry, rows = self.tensors[name], []
+        entry, pieces = self.tensors[name], []
+        begin, end = (rows.start, rows.stop) if rows else (0, entry["shape"][0])
+        for part in sorted(entry["parts"], key=lambda part: part["rows"]):
+            low, high = max(begin, part["rows"][0]), min(end, part["rows"][1])
+            if low < high:
+                pieces.append(self._read_rows(part, name, low, high))
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat(pieces) if pieces else torch.empty(0, *entry["shape"][1:])
+
+    def _read_rows(self, part: dict, name: str, low: int, high: int) -> Tensor:
+        first, last = part["rows"]
+        if part["file"] not in self._verified:
+            self._verify(part["file"])
         try:
-            for part in sorted(entry["parts"], key=lambda part: part["rows"]):
-                with self._open(part["file"]) as file:
-                    rows.append(file.get_tensor(name))
+            with safe_open(self.path / part["file"], framework="pt") as file:
+                whole = file.get_slice(name)
+                found, shape = whole.get_shape(), self.tensors[name]["shape"]
+                if found != [last - first, *shape[1:]]:
+                    raise self._damaged(f"{name} has shape {found} in {part['file']}")
+                return whole[low - first : high - first]
         except SafetensorError as error:
             raise self._damaged(str(error)) from None
-        tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
-        if list(tensor.shape) != entry["shape"]:
-            raise self._damaged(f"{name} has shape {list(tensor.shape)}, not {entry['shape']}")
-        return tensor
 
     @property
     def tokenizer(self) -> Path | None:

@@ -39,6 +39,7 @@ class Configuration(GPTConfig):
         backend: where to run; auto takes a GPU when there is one
         engine: how to run; auto asks the planner
         num_systems: number of GPUs or systems to train on
+        max_restarts: how often to go on from the newest checkpoint when a system is lost
         precision: of the matrix products; weights and optimizer are fp32 always
         memory_limit: such as 20GB; null: what the machine or its container has
         stream_to: where the streaming engine keeps weights and optimizer
@@ -46,6 +47,9 @@ class Configuration(GPTConfig):
         recompute: compute a block again in the backward pass instead of keeping what it computed
         activations: where the inputs of recomputed blocks wait for the backward pass
         pass_size: sequences that go through the layers together; null: as many as memory allows
+        shards: systems that share a copy of the weights; null: all, or as few as memory allows
+        reshard: share them again after each use; false: once a step
+        offload: keep the shards in host memory
         checkpoint_path: a checkpoint to start from, or latest: the newest in out_dir, if any
         init_from: folder or hub name of Hugging Face GPT-2 weights to start from
     """
@@ -70,6 +74,7 @@ class Configuration(GPTConfig):
     backend: Literal["auto", "CPU", "GPU", "CSX"] = "auto"
     engine: Literal["auto", "resident", "streaming", "sharded", "cerebras"] = "auto"
     num_systems: int = 1
+    max_restarts: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_limit: str | None = None
     stream_to: Literal["auto", "ram", "disk"] = "auto"
@@ -77,6 +82,9 @@ class Configuration(GPTConfig):
     recompute: bool | Literal["auto"] = "auto"
     activations: Literal["auto", "device", "host"] = "auto"
     pass_size: int | None = None
+    shards: int | None = None
+    reshard: bool | Literal["auto"] = "auto"
+    offload: bool | Literal["auto"] = "auto"
     checkpoint_path: str | None = None
     init_from: str | None = None
 
@@ -86,11 +94,18 @@ class Configuration(GPTConfig):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ValueError(f"{key}: {value} is not a positive number")
-        for key in ("warmup_steps", "weight_decay", "seed"):
+        for key in ("warmup_steps", "weight_decay", "seed", "max_restarts"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is negative")
         if self.seed >= 2**32:
             raise ValueError(f"seed: {self.seed} is not below 2**32")
+        if self.batch_size < self.num_systems:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is smaller than num_systems {self.num_systems}; "
+                f"every system takes at least a sequence"
+            )
+        if self.num_systems % (self.shards or 1):
+            raise ValueError(f"shards: {self.shards} does not divide num_systems")
         if self.sequence_length > self.max_position_embeddings:
             raise ValueError(
                 f"sequence_length: {self.sequence_length} is above max_position_embeddings "
@@ -101,7 +116,7 @@ class Configuration(GPTConfig):
 _POSITIVE = (
     *("batch_size", "micro_batch_size", "sequence_length", "num_steps", "checkpoint_steps", "keep"),
     *("eval_steps", "eval_batches", "learning_rate", "decay_steps", "adam_epsilon"),
-    *("max_gradient_norm", "num_systems", "pass_size"),
+    *("max_gradient_norm", "num_systems", "pass_size", "shards"),
 )
 MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
 

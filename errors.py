@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,12 +24,12 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main()
     except (UserError, OSError, ArgumentError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         status = 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which this file does not need
             raise
-        print(f"error: {_one_line(error)}; lower --micro_batch_size", file=sys.stderr)
+        print(f"error: {one_line(error)}; lower --micro_batch_size", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -36,7 +37,7 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message; for an error of the operating system the file's name and the reason."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
@@ -44,7 +45,8 @@ def _one_line(error: Exception) -> str:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second one does what it always does."""
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second one does what it always does. What
+    comes within a second is the same one: launchers, and a parent's end, send it several times."""
 
     def __init__(self):
         self.stop = False
@@ -54,11 +56,14 @@ class StopSignals:
         return self
 
     def _ask(self, number: int, frame: object) -> None:
-        self.stop = True
-        self.__exit__()
-        name = signal.Signals(number).name
-        with suppress(OSError):  # print could meet itself here, or a pipe whose reader is gone
-            os.write(2, f"{name}: finishing this step and saving; again to quit\n".encode())
+        if not self.stop:
+            self.stop, self.asked = True, time.monotonic()
+            name = signal.Signals(number).name
+            with suppress(OSError):  # print could meet itself here, or a pipe whose reader is gone
+                os.write(2, f"{name}: finishing this step and saving; again to quit\n".encode())
+        elif time.monotonic() - self.asked > 1:
+            self.__exit__()
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():

@@ -6,25 +6,36 @@ from contextlib import closing
 from functools import partial
 
 import plan
-from configuration import model_config, parse_configuration, with_model
+from configuration import Configuration, model_config, parse_configuration, with_model
 from dataset import EvalBatches
 from engines import open_engine
 from errors import UserError, command
 from metrics import perplexity, watch
 from resume import check_tokenizer, find_checkpoint
+from systems import World, joined
 
 
 def main() -> None:
     config, more = parse_configuration("Evaluate a checkpoint.", json=bool)
-    checkpoint = find_checkpoint(config)
-    if checkpoint is None:
-        raise UserError("which checkpoint? add --checkpoint_path model_dir/checkpoint_10.mdl, say")
-    config = with_model(config, model_config(checkpoint.config))
-    config = plan.resolve(config, {}, training=False).config
-    data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
-    batches = partial(EvalBatches, *data, config.eval_batches)
-    tokens = batches(0, 1).tokens
-    check_tokenizer(checkpoint, tokens)
+    with joined(config, training=False) as world:
+        evaluate(config, world, more["json"])
+
+
+def evaluate(config: Configuration, world: World, as_json: bool) -> None:
+    with world.together():
+        checkpoint = find_checkpoint(config, world)
+        if checkpoint is None:
+            raise UserError(
+                "which checkpoint? add --checkpoint_path model_dir/checkpoint_10.mdl, say"
+            )
+        config = with_model(config, model_config(checkpoint.config))
+        if world.rank == 0:
+            config = plan.resolve(config, {}, False, world.here).config
+        data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
+        batches = partial(EvalBatches, *data, config.eval_batches)
+        tokens = batches(0, 1).tokens
+        check_tokenizer(checkpoint, tokens)
+    config = world.gather(config)[0]
     with closing(open_engine(config, training=False)) as engine:
         engine.load(checkpoint.read, None, partial(watch, what="loading", unit="unit"))
         loss_sum, count = engine.evaluate(batches, watch)
@@ -33,7 +44,7 @@ def main() -> None:
     result["tokens"] = count
     if size := tokens.meta.get("bytes", {}).get("val"):
         result["bits_per_byte"] = loss * tokens.count / size / math.log(2)
-    if more["json"]:
+    if as_json:
         print(json.dumps(result))
     else:
         print(" | ".join(f"{key} {value:,.6g}" for key, value in result.items()))

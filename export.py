@@ -96,9 +96,9 @@ def hugging_face_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]
             yield theirs.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])
 
 
-def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable[[str], Tensor]]:
+def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
     """The run of `config` with the model of its init_from, a folder or hub name of Hugging Face
-    GPT-2, and `read(our name)` over its weights."""
+    GPT-2, and `read(our name, rows)` over its weights."""
     from transformers import AutoConfig, GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -119,9 +119,9 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable[[s
 
     state = theirs_model.state_dict()
 
-    def read(name: str) -> Tensor:
+    def read(name: str, rows: slice | None = None) -> Tensor:
         tensor = state[hugging_face_name(name)]
-        return tensor.T if is_transposed(name) else tensor
+        return (tensor.T if is_transposed(name) else tensor)[rows or slice(None)]
 
     model = GPTConfig(
         width=theirs.n_embd,

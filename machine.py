@@ -29,32 +29,39 @@ DRIVE = (6.9e9, 4.1e9)  # bytes/s read and written by a PCIe 4.0 drive (Samsung 
 @dataclass(frozen=True)
 class Device:
     """A GPU by its vendor's data sheet: dense bf16 and fp32 FLOP/s, bytes and bytes/s of its
-    memory, and bytes/s each way between it and the host, as measured over such a link."""
+    memory, bytes/s each way between it and the host, as measured over such a link, and between it
+    and the others of its machine."""
 
     bf16: float
     fp32: float
     memory: float
     bandwidth: float
     link: float
+    network: float
 
 
 GEN4, GEN5 = 25e9, 55e9  # PCIe with 16 lanes
 DEVICES = {
-    "h200": Device(989e12, 67e12, 141e9, 4.8e12, GEN5),
-    "h100 pcie": Device(756e12, 51e12, 80e9, 2.0e12, GEN5),
-    "h100 nvl": Device(835e12, 60e12, 94e9, 3.9e12, GEN5),
-    "h100": Device(989e12, 67e12, 80e9, 3.35e12, GEN5),
-    "a100": Device(312e12, 19.5e12, 80e9, 2.0e12, GEN4),
-    "l40s": Device(362e12, 91.6e12, 48e9, 0.864e12, GEN4),
-    "l4": Device(121e12, 30.3e12, 24e9, 0.3e12, GEN4),
-    "rtx 4090": Device(165e12, 82.6e12, 24e9, 1.0e12, GEN4),
+    "h200": Device(989e12, 67e12, 141e9, 4.8e12, GEN5, 450e9),
+    "h100 pcie": Device(756e12, 51e12, 80e9, 2.0e12, GEN5, GEN5),
+    "h100 nvl": Device(835e12, 60e12, 94e9, 3.9e12, GEN5, GEN5),
+    "h100": Device(989e12, 67e12, 80e9, 3.35e12, GEN5, 450e9),
+    "a100": Device(312e12, 19.5e12, 80e9, 2.0e12, GEN4, 300e9),
+    "l40s": Device(362e12, 91.6e12, 48e9, 0.864e12, GEN4, GEN4),
+    "l4": Device(121e12, 30.3e12, 24e9, 0.3e12, GEN4, GEN4),
+    "rtx 4090": Device(165e12, 82.6e12, 24e9, 1.0e12, GEN4, GEN4),
 }
+FABRIC = 50e9  # bytes/s each way of a GPU to other machines: an adapter of 400 Gb/s (ConnectX-7)
+PER_MACHINE = 8  # GPUs of one machine, as in the vendors' servers
+GLOO = 0.4e9  # bytes/s that a process receives from others on a CPU (docs/log.md)
 
 
 @dataclass
 class Machine:
-    """Sizes in bytes, rates in bytes/s, products in FLOP/s. On a CPU `device` and `host` memory are
-    the same; `program` is what the process takes of it before it holds a model."""
+    """What one system has of a machine that `systems` share. Sizes in bytes, rates in bytes/s,
+    products in FLOP/s. On a CPU `device` and `host` memory are the same; `program` is what the
+    process takes of it before it holds a model. `network` is to the systems of the same machine,
+    `fabric` to those of others."""
 
     name: str
     backend: str
@@ -67,12 +74,16 @@ class Machine:
     link: float
     read: float
     write: float
+    network: float
+    fabric: float
+    systems: int
 
 
-def this_machine(config: Configuration) -> Machine:
-    """The machine that the process runs on; config has its backend and precision resolved."""
+def this_machine(config: Configuration, systems: int) -> Machine:
+    """The machine that the process runs on with so many others; config has its backend and
+    precision resolved."""
     gpu = config.backend == "GPU"
-    host = host_memory()
+    host = host_memory() // systems
     device = int(0.95 * torch.cuda.mem_get_info()[0]) if gpu else host  # less what fragments
     if config.memory_limit is not None:
         device = parse_bytes(config.memory_limit, "memory_limit")
@@ -85,7 +96,25 @@ def this_machine(config: Configuration) -> Machine:
             raise UserError(f"stream_dir: {folder} can't be written to; name another")
         rates, disk = rates | {"read": DRIVE[0], "write": DRIVE[1]}, 0
     name = torch.cuda.get_device_name(0) if gpu else "this CPU"
-    return Machine(name, config.backend, device, host, disk, program_bytes(gpu), **rates)
+    known = known_device(name)
+    return Machine(
+        name=name,
+        backend=config.backend,
+        device=device,
+        host=host,
+        disk=disk,
+        program=program_bytes(gpu),
+        network=known.network if known else rates["link"] if gpu else GLOO,
+        fabric=FABRIC if gpu else GLOO,
+        systems=systems,
+        **rates,
+    )
+
+
+def known_device(name: str) -> Device | None:
+    """The one of DEVICES whose name is part of a GPU's own."""
+    found = (d for key, d in DEVICES.items() if re.search(rf"\b{key}\b", name.lower()))
+    return next(found, None)
 
 
 def named_machine(name: str, config: Configuration) -> Machine:
@@ -93,11 +122,12 @@ def named_machine(name: str, config: Configuration) -> Machine:
     if name.lower() not in DEVICES:
         raise UserError(f"device: {name} is not known; known are {', '.join(DEVICES)}")
     device = DEVICES[name.lower()]
+    systems = min(config.num_systems, PER_MACHINE)
     return Machine(
         name=name,
         backend="GPU",
         device=int(0.95 * device.memory),
-        host=host_memory(),
+        host=host_memory() // systems,
         disk=shutil.disk_usage(store_folder(config)).free,
         program=CUDA_BYTES,
         products=device.bf16 if config.precision == "bf16" else device.fp32,
@@ -105,6 +135,9 @@ def named_machine(name: str, config: Configuration) -> Machine:
         link=device.link,
         read=DRIVE[0],
         write=DRIVE[1],
+        network=device.network,
+        fabric=FABRIC,
+        systems=systems,
     )
 
 
@@ -184,11 +217,9 @@ def rates_file() -> Path:
 
 def peak_flops(backend: str, precision: str) -> float:
     """FLOP/s of matrix products: the published peak of a known GPU, else measured here, now."""
-    if backend == "GPU" and precision == "bf16":
-        name = torch.cuda.get_device_name(0).lower()
-        for known, device in DEVICES.items():
-            if re.search(rf"\b{known}\b", name):
-                return device.bf16
+    known = known_device(torch.cuda.get_device_name(0)) if backend == "GPU" else None
+    if known is not None and precision == "bf16":
+        return known.bf16
     device = "cuda" if backend == "GPU" else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 8192 if backend == "GPU" else 1024

@@ -38,6 +38,16 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+class Silence:
+    """The metrics of a system that leaves them to the first."""
+
+    def log(self, stats: StepStats) -> None: ...
+    def log_evaluation(self, step: int, val_loss: float) -> None: ...
+    def progress(self, fraction: float) -> None: ...
+    def draw(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Metrics:
     """Records the steps of one run after `start`; records beyond `start` in the folder are dropped.
 

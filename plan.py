@@ -2,10 +2,11 @@
 
 Which engine, how the step is cut, bytes in each tier, seconds a step and days to the end; and where
 it does not fit, what is missing and what would fit. The arithmetic is explained in
-docs/streaming.md, and bench/plan.py holds it against what was measured.
+docs/streaming.md and docs/scale-out.md; bench/streaming.py holds it against what was measured.
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from configuration import MODEL_KEYS, Configuration, parse_configuration
 from engines.store import BUFFERS, CHUNK, remove_abandoned
 from errors import UserError, command
 from machine import (
+    PER_MACHINE,
     Machine,
     has_bf16_units,
     named_machine,
@@ -34,10 +36,12 @@ EFFICIENCY = {"CPU": 0.7, "GPU": 0.5}
 # A logit: itself, its log-softmax and two gradients in fp32, in bf16 itself and one gradient too;
 # on a CPU as the heap grew when it kept what was freed (docs/log.md)
 LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 32, ("CPU", "bf16"): 24}
-ENGINES = ("resident", "streaming")
+ENGINES = ("resident", "streaming")  # of one system; of several: sharded
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
-CUT = ("micro_batch_size", "pass_size", "recompute")  # what another choice would round differently
+# What another choice would round differently
+CUT = ("micro_batch_size", "pass_size", "recompute", "shards", "reshard")
 TIERS = ("device", "host", "disk")
+HIDDEN = 0.9  # of what moves runs beside what computes, or the other way round
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Plan:
     outward: int  # and takes from it
     compute: float  # seconds of a step
     transfer: float
+    hidden: float  # part of the shorter of the two that runs beside the longer
 
     @property
     def has(self) -> dict[str, int]:
@@ -63,9 +68,9 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step: what moves and what computes overlap but for a tenth."""
+        """Of a step."""
         longer, shorter = max(self.compute, self.transfer), min(self.compute, self.transfer)
-        return longer + 0.1 * shorter
+        return longer + (1 - self.hidden) * shorter
 
     @property
     def limit(self) -> str:
@@ -76,8 +81,9 @@ class Plan:
         return self.seconds * self.config.num_steps / 86400
 
 
-def resolve(config: Configuration, chosen: dict, training: bool = True) -> Plan:
-    """The plan of a run on this machine; its config has every `auto` replaced.
+def resolve(config: Configuration, chosen: dict, training: bool = True, here: int = 1) -> Plan:
+    """The plan of a run on this machine, which has `here` of its systems; its config has every
+    `auto` replaced.
 
     `chosen` holds what an earlier part of the run chose, which is kept. Raises UserError for what
     this machine doesn't have, what is not built yet, and what does not fit.
@@ -85,11 +91,12 @@ def resolve(config: Configuration, chosen: dict, training: bool = True) -> Plan:
     config = resolve_device(config, chosen)
     with suppress(OSError):
         remove_abandoned(store_folder(config))  # before the free space is looked at
-    machine = this_machine(config)
+    machine = this_machine(config, here)
     plan = best_plan(config, machine, chosen.get("micro_batch_size"), training)
-    if plan.config.engine == chosen.get("engine") == "streaming":  # cut alike, it rounds alike
+    same_systems = chosen.get("num_systems") == config.num_systems
+    if same_systems and plan.config.engine == chosen.get("engine") != "resident":
         cut = {key: chosen[key] for key in CUT if getattr(config, key) in (None, "auto")}
-        same = make_plan(replace(plan.config, **cut), machine, training)
+        same = make_plan(replace(plan.config, **cut), machine, training)  # it rounds alike
         plan = plan if same.lacks else same
     return plan
 
@@ -103,18 +110,22 @@ def resolve_device(config: Configuration, chosen: dict) -> Configuration:
         raise UserError("backend: CSX is not there yet; take CPU or GPU")
     if backend == "GPU" and not torch.cuda.is_available():
         raise UserError("backend: GPU was asked for and there is none; take --backend CPU")
-    check_built(config)
+    check_engine(config)
     precision = config.precision
     if precision == "auto":
         precision = chosen.get("precision") or faster_precision(config, backend)
     return replace(config, backend=backend, precision=precision)
 
 
-def check_built(config: Configuration) -> None:
-    if config.num_systems > 1:
-        raise UserError(f"num_systems: {config.num_systems} is not there yet; take 1")
-    if config.engine not in ("auto", *ENGINES):
-        raise UserError(f"engine: {config.engine} is not there yet; take {' or '.join(ENGINES)}")
+def check_engine(config: Configuration) -> None:
+    """Raises UserError for an engine that is not built or not for so many systems."""
+    if config.engine == "cerebras":
+        raise UserError("engine: cerebras is not there yet; take auto")
+    if config.num_systems > 1 and config.engine in ENGINES:
+        raise UserError(
+            f"engine: {config.engine} is for one system, num_systems is {config.num_systems}; take "
+            f"--engine auto or --num_systems 1"
+        )
 
 
 def faster_precision(config: Configuration, backend: str) -> str:
@@ -140,7 +151,9 @@ def engine_plans(
     config: Configuration, machine: Machine, micro_batch: int | None = None, training: bool = True
 ) -> list[Plan]:
     """The best plan of each engine that may be taken, the preferred first."""
-    engines = ENGINES if config.engine == "auto" else (config.engine,)
+    engines = (config.engine,)
+    if config.engine == "auto":
+        engines = ENGINES if config.num_systems == 1 else ("sharded",)
     return [
         engine_plan(replace(config, engine=engine), machine, micro_batch, training)
         for engine in engines
@@ -171,7 +184,7 @@ def cuts(
 ) -> Iterator[Configuration]:
     """The ways in which an engine could cut the step, each with the largest micro-batch."""
     fast = max(1, MOST_TOKENS[machine.backend] // config.sequence_length)
-    most = min(config.batch_size, config.pass_size or config.batch_size)
+    most = min(rows(config), config.pass_size or config.batch_size)
     wanted = min(config.micro_batch_size or micro_batch or fast, most)
     smallest = wanted if config.micro_batch_size else 1
     for shape in shapes(config, machine, training):
@@ -185,25 +198,56 @@ def cuts(
 
 
 def shapes(config: Configuration, machine: Machine, training: bool) -> Iterator[Configuration]:
-    """Where the streaming engine may keep what; the resident one has no choice."""
-
-    def choices(key: str, *values: object) -> tuple:
-        return values if getattr(config, key) == "auto" else (getattr(config, key),)
+    """Where an engine may keep what; the resident one has no choice."""
 
     if config.engine == "resident":
         yield config
         return
-    for stream_to in choices("stream_to", "ram", "disk"):
-        for recompute in choices("recompute", False, True) if training else (True,):
+    if config.engine == "sharded":
+        yield from sharded_shapes(config, machine, training)
+        return
+    for stream_to in choices(config, "stream_to", "ram", "disk"):
+        for recompute in choices(config, "recompute", False, True) if training else (True,):
             keeping = ("device", "host") if recompute and machine.backend == "GPU" else ("device",)
-            for activations in choices("activations", *keeping):
+            for activations in choices(config, "activations", *keeping):
                 keys = {"stream_to": stream_to, "recompute": recompute, "activations": activations}
                 yield replace(config, **keys)
 
 
+def choices(config: Configuration, key: str, *values: object) -> tuple:
+    """What a key may be: the values, or what was asked for."""
+    return values if getattr(config, key) == "auto" else (getattr(config, key),)
+
+
+def sharded_shapes(
+    config: Configuration, machine: Machine, training: bool
+) -> Iterator[Configuration]:
+    """A copy of the weights on each machine, or one for all; whole for a step, or not."""
+    counts = [config.num_systems]
+    if config.num_systems % machine.systems == 0 and machine.systems > 1:
+        counts.insert(0, machine.systems)
+    for shards in [config.shards] if config.shards else dict.fromkeys(counts):
+        for offload in choices(
+            config, "offload", *((False, True) if on_gpu(machine) else (False,))
+        ):
+            for reshard in choices(config, "reshard", False, True):
+                for recompute in choices(config, "recompute", False, True) if training else (True,):
+                    keys = {"shards": shards, "offload": offload, "reshard": reshard}
+                    yield replace(config, recompute=recompute, **keys)
+
+
+def on_gpu(machine: Machine) -> bool:
+    return machine.backend == "GPU"
+
+
+def rows(config: Configuration) -> int:
+    """Sequences of a batch on the system that has most."""
+    return -(-config.batch_size // config.num_systems)
+
+
 def largest_pass(config: Configuration, machine: Machine, training: bool) -> Configuration:
     """As few passes as memory allows; one micro-batch at a time where it allows none."""
-    if config.engine == "resident":
+    if config.engine != "streaming":
         return config
     micro_batches = -(-config.batch_size // config.micro_batch_size)
 
@@ -225,17 +269,25 @@ def largest_pass(config: Configuration, machine: Machine, training: bool) -> Con
 
 def make_plan(config: Configuration, machine: Machine, training: bool = True) -> Plan:
     """The plan of a configuration in which all is chosen."""
-    needs = resident_bytes if config.engine == "resident" else streaming_bytes
-    inward, outward = moved_bytes(config)
-    compute = step_flops(config) / (EFFICIENCY[machine.backend] * machine.products)
-    # each parameter's state is read and written once, whoever does it
-    compute += 2 * STATE_BYTES * count(config) / machine.bandwidth
-    read, write = inward / machine.link, outward / machine.link
-    if config.engine == "streaming" and config.stream_to == "disk":
-        # one drive does both
-        read = max(read, write, inward / machine.read + outward / machine.write)
-    tiers = {tier: int(number) for tier, number in needs(config, machine, training).items()}
-    return Plan(config, machine, tiers, inward, outward, compute, max(read, write))
+    needs = {"resident": resident_bytes, "streaming": streaming_bytes, "sharded": sharded_bytes}
+    tiers = needs[config.engine](config, machine, training)
+    share, state = rows(config) / config.batch_size, STATE_BYTES * count(config)
+    if config.engine == "sharded":
+        state /= config.shards
+    compute = share * step_flops(config) / (EFFICIENCY[machine.backend] * machine.products)
+    compute += 2 * state / machine.bandwidth  # read and written once, whoever does it
+    inward, outward, transfer, hidden = 0, 0, 0.0, HIDDEN
+    if config.engine == "streaming":
+        inward, outward = moved_bytes(config)
+        transfer = max(inward / machine.link, outward / machine.link)
+        if config.stream_to == "disk":  # one drive does both
+            transfer = max(transfer, inward / machine.read + outward / machine.write)
+    elif config.engine == "sharded":
+        inward = outward = sum(exchanged_bytes(config))
+        transfer = exchange_seconds(config, machine)
+        hidden = HIDDEN if on_gpu(machine) else 0.0  # Gloo's threads have no core of their own
+    tiers = {tier: int(number) for tier, number in tiers.items()}
+    return Plan(config, machine, tiers, int(inward), int(outward), compute, transfer, hidden)
 
 
 # Bytes, by tier
@@ -307,6 +359,29 @@ def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> 
     return _tiers(machine, device, host, state if config.stream_to == "disk" else 0)
 
 
+def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
+    """What each system needs (docs/scale-out.md)."""
+    outside, block, _ = sizes(config)
+    number = 2 if config.precision == "bf16" else 4
+    state = (STATE_BYTES if training else 4) * count(config) / config.shards
+    largest, two = max(block, outside), min(2, config.depth) * block
+    device = number * ((outside + two) if config.reshard else count(config))
+    device += number * largest  # what is gathered comes in one piece and is then copied
+    boundary = config.micro_batch_size * config.sequence_length * config.width * number
+    one = config.micro_batch_size * activation_bytes(config) / config.depth
+    if not training:
+        device += one + 2 * boundary
+    else:
+        device += config.depth * boundary + one if config.recompute else config.depth * one
+        device += number * outside + (number + 4) * largest  # gradients on their way
+        if not config.reshard and rows(config) > config.micro_batch_size:
+            device += 4 * count(config)  # and what they are added to
+    device += head_bytes(config, training)
+    if config.offload:
+        return _tiers(machine, device + 4 * largest, state, 0)
+    return _tiers(machine, device + state, 0, 0)
+
+
 def _tiers(machine: Machine, device: float, host: float, disk: float) -> dict[str, float]:
     if machine.backend == "GPU":
         return {"device": device, "host": host + machine.program, "disk": disk}
@@ -349,7 +424,7 @@ def step_flops(config: Configuration) -> float:
     tokens = config.batch_size * config.sequence_length
     attention = 2 * config.sequence_length * config.width * config.depth
     blocks = 2 * sizes(config)[2] + attention
-    again = blocks if config.engine == "streaming" and config.recompute else 0
+    again = blocks if config.engine != "resident" and config.recompute is True else 0
     return tokens * (3 * (2 * count(config) + attention) + again)
 
 
@@ -363,8 +438,6 @@ def moved_bytes(config: Configuration) -> tuple[int, int]:
     forward pass the state with its update, 16 in and 12 out a parameter; backward the weight in and
     the gradient out, 4 and 4. The embedding comes three times and has two gradients, the last block
     stays where it is, and each further pass brings weights and adds to gradients."""
-    if config.engine == "resident":
-        return 0, 0
     outside, block, blocks = sizes(config)
     passes = -(-config.batch_size // config.pass_size)
     weights = blocks + outside + outside + (blocks - block) + outside
@@ -372,6 +445,31 @@ def moved_bytes(config: Configuration) -> tuple[int, int]:
     inward = 12 * (blocks + outside) + passes * 4 * weights
     inward += 4 * (passes * gradients - blocks - outside)  # what is added to
     return inward, 12 * (blocks + outside) + passes * 4 * gradients
+
+
+def exchanged_bytes(config: Configuration) -> tuple[float, float]:
+    """Bytes that a system gets from those it shares a copy with, and from its like in other copies:
+    with `reshard` the blocks are gathered twice and gradients scattered once a micro-batch,
+    without it once a step; the copies then sum their gradients."""
+    outside, _, blocks = sizes(config)
+    number = 2 if config.precision == "bf16" else 4
+    times = -(-rows(config) // config.micro_batch_size) if config.reshard else 1
+    gathered = number * ((2 if config.reshard else 1) * blocks + outside)
+    others = (config.shards - 1) / config.shards
+    copies = config.num_systems // config.shards
+    inside = times * others * (gathered + 4 * count(config))
+    return inside, times * 2 * (copies - 1) / copies * 4 * count(config) / config.shards
+
+
+def exchange_seconds(config: Configuration, machine: Machine) -> float:
+    """Seconds of a step in which a system's shards, and with `offload` the host's, move."""
+    inside, across = exchanged_bytes(config)
+    near = machine.network if config.shards <= machine.systems else machine.fabric
+    seconds = inside / near + across / (machine.fabric if config.shards > 1 else near)
+    if config.offload:  # as often as gathered, and 16 bytes a parameter for the update in host RAM
+        moved = inside / (config.shards - 1) if config.shards > 1 else 8 * count(config)
+        seconds += (moved + STATE_BYTES * count(config) / config.shards) / machine.link
+    return seconds
 
 
 # What is told
@@ -409,10 +507,13 @@ def refusal(config: Configuration, plans: list[Plan], training: bool) -> str:
         for tier in plan.lacks
     )
     depth = deepest(config, plan.machine, training)
+    cure = f"--depth {depth} would fit" if depth else "not even --depth 1 would fit"
+    enough = fewest_systems(config, plan.machine, training) if on_gpu(plan.machine) else None
+    if config.num_systems > 1 and enough:
+        cure = f"--num_systems {enough} would fit"
     return (
         f"this model does not fit: with the {plan.config.engine} engine its {count(config):,} "
-        f"parameters need {needs}; "
-        + (f"--depth {depth} would fit" if depth else "not even --depth 1 would fit")
+        f"parameters need {needs}; {cure}"
     )
 
 
@@ -430,10 +531,26 @@ def deepest(config: Configuration, machine: Machine, training: bool) -> int:
     return low
 
 
+def fewest_systems(config: Configuration, machine: Machine, training: bool = True) -> int | None:
+    """The smallest number of systems of such machines whose devices hold the model without
+    offloading, of 1 to 8 and then whole machines; None where the batch has too few sequences."""
+
+    def fits(systems: int) -> bool:
+        here = min(systems, PER_MACHINE)
+        keys = {"num_systems": systems, "engine": "sharded", "offload": False, "shards": systems}
+        cut = replace(config, **keys, reshard=True, recompute=True, micro_batch_size=1)
+        return not make_plan(cut, replace(machine, systems=here), training).lacks
+
+    whole = range(2 * PER_MACHINE, config.batch_size + 1, PER_MACHINE)
+    counts = [*range(1, min(PER_MACHINE, config.batch_size) + 1), *whole]
+    place = bisect_left(counts, True, key=fits)
+    return counts[place] if place < len(counts) else None
+
+
 def describe(plan: Plan) -> str:
     """A plan that fits, in a few lines."""
     config, lines = plan.config, []
-    micro_batches = -(-config.batch_size // config.micro_batch_size)
+    micro_batches = -(-rows(config) // config.micro_batch_size)
     lines.append(
         f"{count(config):,} parameters, {config.engine} on {config.backend}, {config.precision}, "
         f"{config.batch_size * config.sequence_length:,} tokens a step in {micro_batches} "
@@ -447,13 +564,22 @@ def describe(plan: Plan) -> str:
             f"writes {size_text(plan.outward)}, in {passes} pass{'es' * (passes > 1)}; "
             + ("blocks are computed again backward" if config.recompute else "activations are kept")
         )
+    if config.engine == "sharded":
+        lines.append(
+            f"{config.num_systems} systems of {config.shards} to a copy of the weights, which are "
+            f"{'shared again after each use' if config.reshard else 'whole during a step'}"
+            f"{' and kept in host memory' if config.offload else ''}: each gets "
+            f"{size_text(plan.inward)} from others a step; "
+            + ("blocks are computed again backward" if config.recompute else "activations are kept")
+        )
+    each = " on each system" if config.num_systems > 1 else ""
     tiers = " and ".join(
         f"{size_text(number)} {TIER_NAMES[tier]} of {size_text(plan.has[tier])}"
         for tier, number in plan.bytes.items()
         if number
     )
     lines.append(
-        f"takes {tiers}, a checkpoint {size_text(12 * count(config))}; about "
+        f"takes {tiers}{each}, a checkpoint {size_text(12 * count(config))}; about "
         f"{time_text(plan.seconds)} a step, {time_text(plan.seconds * config.num_steps)} for "
         f"{config.num_steps:,} steps"
     )
@@ -483,6 +609,8 @@ def table(plans: list[Plan], machine: Machine) -> Iterator[str]:
         lacks = (f"{size_text(n)} {TIER_NAMES[tier]}" for tier, n in plan.lacks.items())
         fits = "  lacks " + " and ".join(lacks) if plan.lacks else ""
         yield _row(plan.config.engine, *(size_text(plan.bytes[t]) for t in TIERS), *times) + fits
+    if machine.backend == "GPU" and (systems := fewest_systems(config, machine)):
+        yield f"without streaming or offloading it fits from {systems} such devices on"
     yield ""
 
 
@@ -499,13 +627,18 @@ def main() -> None:
         if (text := more[option]) is not None
     }
     if more["device"] is not None:
-        check_built(config)
+        check_engine(config)
         precision = "bf16" if config.precision == "auto" else config.precision
         config = replace(config, backend="GPU", precision=precision)
         machine = named_machine(more["device"], config)
     else:
         config = resolve_device(config, {})
-        machine = this_machine(config)
+        here = config.num_systems
+        if config.backend == "GPU":
+            here = min(here, torch.cuda.device_count())
+        machine = this_machine(config, here)
+    if "host" in given:
+        given["host"] //= machine.systems
     machine = replace(machine, **given)
     plans = engine_plans(config, machine)
     plan = first_fitting(plans) or least_lacking(plans)
@@ -530,6 +663,8 @@ def summary(plan: Plan) -> dict:
     keys = ("engine", "micro_batch_size", "precision")
     if config.engine == "streaming":
         keys += ("stream_to", "recompute", "activations", "pass_size")
+    if config.engine == "sharded":
+        keys += ("num_systems", "shards", "reshard", "recompute", "offload")
     return {
         "parameters": count(config),
         **{key: getattr(config, key) for key in keys},

@@ -4,26 +4,28 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from checkpoint import TOKENIZER, Checkpoint, find_checkpoints
 from configuration import MODEL_KEYS, Configuration, model_config, with_model
 from dataset import Tokens
 from errors import UserError
 from metrics import say
+from systems import World
 
 # Keys that may change freely, and those that the order of the data depends on.
-FREE = {"out_dir", "checkpoint_path", "init_from", "memory_limit", "keep"}
-FREE |= {"stream_to", "stream_dir", "recompute", "activations", "pass_size"}
+FREE = {
+    *("out_dir", "checkpoint_path", "init_from", "memory_limit", "keep", "max_restarts"),
+    *("stream_to", "stream_dir", "recompute", "activations", "pass_size"),
+    *("shards", "reshard", "offload"),
+}
 DATA_KEYS = {"dataset", "batch_size", "sequence_length", "seed"}
 
 
 @dataclass
 class Start:
-    """What a run starts from: `read(name)` gives its tensors, None where they are to be drawn."""
+    """What a run starts from: `read(name, rows)` gives its tensors, None where they are drawn."""
 
     config: Configuration
-    read: Callable[[str], Tensor] | None = None
+    read: Callable | None = None
     updates: int | None = None  # of Adam's moments; None where there are none
     step: int = 0
     origin: str = "starting fresh"
@@ -34,17 +36,25 @@ class Start:
         """The configuration in which an earlier part of the run replaced every `auto`."""
         return self.checkpoint.config if self.checkpoint else {}
 
-    def check_data(self, tokens: Tokens) -> None:
-        """The data must be those that the checkpoint was trained on, or it is said."""
+    def check_data(self, tokens: Tokens, world: World) -> None:
+        """The data must be the same everywhere, and those that the checkpoint was trained on, or it
+        is said."""
+        first = world.gather(tokens.count)[0]
+        with world.together():
+            if tokens.count != first:
+                raise UserError(
+                    f"{tokens.path} has {tokens.count:,} tokens, on system 0 {first:,}; copy the "
+                    f"dataset"
+                )
         if self.checkpoint is not None:
             check_tokenizer(self.checkpoint, tokens)
             if self.checkpoint.train_tokens != tokens.count:
                 say(f"note: {tokens.path} is not what it was; its order is another from here on")
 
 
-def find_start(config: Configuration) -> Start:
+def find_start(config: Configuration, world: World) -> Start:
     """What `checkpoint_path` and `init_from` name; UserError where it can't be gone on from."""
-    checkpoint = find_checkpoint(config)
+    checkpoint = find_checkpoint(config, world)
     check_out_dir(Path(config.out_dir), checkpoint)
     if checkpoint is not None:
         if config.init_from is not None:  # then the model is that one, not the configuration's
@@ -61,12 +71,19 @@ def find_start(config: Configuration) -> Start:
     return Start(config)
 
 
-def find_checkpoint(config: Configuration) -> Checkpoint | None:
-    """The checkpoint that `checkpoint_path` names, or None where there is none to start from."""
-    if config.checkpoint_path == "latest":
+def find_checkpoint(config: Configuration, world: World) -> Checkpoint | None:
+    """The checkpoint that `checkpoint_path` names, or None where there is none to start from. Of
+    several systems each verifies its share of the files."""
+    path = config.checkpoint_path
+    if path == "latest":
         found = find_checkpoints(Path(config.out_dir))
-        return Checkpoint(found[max(found)]) if found else None
-    return Checkpoint(config.checkpoint_path) if config.checkpoint_path else None
+        path = found[max(found)] if found else None
+    if path is None:
+        return None
+    checkpoint = Checkpoint(path)
+    if world.size > 1:
+        checkpoint.verify(world.rank, world.size)
+    return checkpoint
 
 
 def check_out_dir(out_dir: Path, checkpoint: Checkpoint | None) -> None:

@@ -7,34 +7,43 @@ from itertools import takewhile
 from pathlib import Path
 
 import plan
-from checkpoint import lock, remove_unfinished, save
-from configuration import parse_configuration, write_configuration
+from checkpoint import claim, save
+from configuration import Configuration, parse_configuration, write_configuration
 from dataset import EvalBatches, TrainBatches
 from engines import open_engine
 from errors import StopSignals, UserError, command
-from metrics import Metrics, say, watch
+from metrics import Metrics, Silence, say, watch
 from resume import find_start
+from systems import World, joined
 
 MOST_SKIPPED = 10  # steps in a row that were not finite before training stops
 
 
 def main() -> None:
-    start = find_start(parse_configuration("Train a GPT.")[0])
-    planned = plan.resolve(start.config, start.chosen)
+    config, _ = parse_configuration("Train a GPT.")
+    with joined(config) as world:
+        train(config, world)
+
+
+def train(config: Configuration, world: World) -> None:
+    with world.together():
+        start = find_start(config, world)
+        planned = None
+        if world.rank == 0:
+            planned = plan.resolve(start.config, start.chosen, here=world.here)
+    planned = world.gather(planned)[0]
     config = planned.config
     out_dir = Path(config.out_dir)
 
     data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
     train_batches = partial(TrainBatches, *data, config.seed)
     val_batches = partial(EvalBatches, *data, config.eval_batches)
-    val_batches(0, 1)  # both are opened here, for their errors
-    tokens = train_batches(0, 1).tokens
-    start.check_data(tokens)
+    with world.together():  # both are opened here, for their errors
+        val_batches(0, 1)
+        tokens = train_batches(0, 1).tokens
+    start.check_data(tokens, world)
 
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with lock(out_dir), StopSignals() as signals, ExitStack() as stack:
-        remove_unfinished(out_dir)
-        write_configuration(config, out_dir / "config.yaml")
+    with claim(out_dir, world), StopSignals() as signals, ExitStack() as stack:
         say(plan.describe(planned))
         engine = stack.enter_context(closing(open_engine(config)))
         if start.read is None:
@@ -42,14 +51,20 @@ def main() -> None:
         else:
             engine.load(start.read, start.updates, partial(watch, what="loading", unit="unit"))
         say(start.origin)
-        flops, peak = plan.flops_per_token(config), planned.machine.products
-        metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak)
+        metrics = Silence()
+        if world.rank == 0:
+            write_configuration(config, out_dir / "config.yaml")
+            flops, peak = plan.flops_per_token(config), planned.machine.products * world.size
+            metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak)
         stack.callback(metrics.close)
+
+        def stopping() -> bool:
+            return world.agree(signals.stop)
 
         def save_checkpoint(step: int) -> None:
             done = {"step": step, "updates": engine.updates, "train_tokens": tokens.count}
             state = watch(engine.state(), "saving", "file", 3 * (config.depth + 2))
-            say(f"saved {save(out_dir, state, done, asdict(config), config.keep)}")
+            say(f"saved {save(out_dir, state, done, asdict(config), config.keep, world)}")
 
         skipped = 0
         for stats in engine.run(train_batches, start.step, config.num_steps, metrics.progress):
@@ -67,11 +82,11 @@ def main() -> None:
                 save_checkpoint(stats.step)
             if last or stats.step % config.eval_steps == 0:
                 loss, count = engine.evaluate(
-                    val_batches, lambda b: takewhile(lambda _: not signals.stop, watch(b))
+                    val_batches, lambda b: takewhile(lambda _: not stopping(), watch(b))
                 )
-                if not signals.stop:  # else it was cut short
+                if not stopping():  # else it was cut short
                     metrics.log_evaluation(stats.step, loss / count)
-            if signals.stop:
+            if stopping():
                 if not saved:
                     save_checkpoint(stats.step)
                 say(f"stopped at step {stats.step}; --checkpoint_path latest goes on from here")

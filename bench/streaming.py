@@ -9,7 +9,6 @@ memory and seconds a step beside what was measured, for resident and streaming c
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ from tempfile import TemporaryDirectory
 from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from step import ours
+from step import alternate, ours
 
 import plan
 from configuration import Configuration
@@ -44,19 +43,13 @@ def speed(tokens: int = 16384, rounds: int = 2, precision: str = "auto") -> None
         for store in ("disk", "ram"):
             streaming = replace(asked, engine="streaming", stream_to=store)
             sides[store] = ours(plan.resolve(streaming, {}).config)
-        seconds = {name: [] for name in sides}
-        for _ in range(rounds + 1):  # the first round warms up
-            for name, step in sides.items():
-                begin = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - begin)
-                print(f"{name:>10}: {seconds[name][-1]:.2f} s", file=sys.stderr)
-    best = {name: min(taken[1:]) for name, taken in seconds.items()}
+        seconds = alternate(sides, rounds)
+    best = {name: min(taken) for name, taken in seconds.items()}
     result = {
         name: {
             "tokens_per_second": tokens / best[name],
             "ratio": best["resident"] / best[name],
-            "spread": max(taken[1:]) / best[name],
+            "spread": max(taken) / best[name],
         }
         for name, taken in seconds.items()
     }

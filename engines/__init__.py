@@ -20,6 +20,7 @@ from model import GPT, IGNORE
 INIT_BYTES = 4e9  # of units that are drawn at a time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 Batches = Callable[[int, int], object]  # (rank, world) -> indexed by step: (ids, targets) of int64
+Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
 
 
 @dataclass
@@ -48,10 +49,8 @@ class Engine(Protocol):
     def initialize(self, progress: Callable = iter) -> None:
         """Draws the initial weights from the seed, a unit after the other through `progress`."""
 
-    def load(
-        self, read: Callable[[str], Tensor], updates: int | None, progress: Callable = iter
-    ) -> None:
-        """Takes every tensor from `read(name)`; with updates None the weights alone."""
+    def load(self, read: Read, updates: int | None, progress: Callable = iter) -> None:
+        """Takes every tensor from `read`; with updates None the weights alone."""
 
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
@@ -63,7 +62,8 @@ class Engine(Protocol):
         """The sum of the losses over all batches, in fp64, and the tokens counted."""
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(name of a group, its tensors on the CPU), one kind of tensor of one unit at a time."""
+        """(name of a group, its tensors on the CPU), one kind of tensor of one unit at a time; with
+        several systems the rows of each, in the order of their ranks."""
 
     def close(self) -> None:
         """Frees what the engine holds."""
@@ -110,10 +110,12 @@ def draw_units(model: GPT, draw: Callable[[str], None], progress: Callable) -> N
         finish([pool.submit(draw, unit) for unit in model.units()], progress)
 
 
-def read_tensor(read: Callable[[str], Tensor], name: str, shape: torch.Size) -> Tensor:
-    """read(name), which must have the model's shape."""
-    if (tensor := read(name)).shape != shape:
-        shapes = f"{list(tensor.shape)}, the model's is {list(shape)}"
+def read_tensor(read: Callable, name: str, shape: torch.Size, rows: slice | None = None) -> Tensor:
+    """read(name, rows), of which the model's tensor has this shape; by default all of its rows."""
+    tensor = read(name, rows)
+    count = shape[0] if rows is None else rows.stop - rows.start
+    if tensor.shape != (expected := (count, *shape[1:])):
+        shapes = f"{list(tensor.shape)}, the model's is {list(expected)}"
         raise UserError(f"{name} has shape {shapes}: it is of another model")
     return tensor
 
@@ -141,6 +143,10 @@ def open_engine(config: Configuration, training: bool = True) -> Engine:
         from engines.resident import ResidentEngine
 
         return ResidentEngine(config, training)
+    if config.engine == "sharded":
+        from engines.sharded import ShardedEngine
+
+        return ShardedEngine(config, training)
     raise UserError(f"engine {config.engine} is not there yet")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from configuration import Configuration
 from engines import (
     Batches,
+    Read,
     StepStats,
     draw_units,
     micro_batches,
@@ -37,9 +38,7 @@ class ResidentEngine:
         draw_units(self.master, partial(self.master.init_unit, seed=self.config.seed), progress)
         self._place()
 
-    def load(
-        self, read: Callable[[str], Tensor], updates: int | None, progress: Callable = iter
-    ) -> None:
+    def load(self, read: Read, updates: int | None, progress: Callable = iter) -> None:
         with torch.no_grad():
             for name, parameter in progress(list(self.master.named_parameters())):
                 parameter.copy_(read_tensor(read, name, parameter.shape))

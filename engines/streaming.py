@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from configuration import Configuration
 from engines import (
     Batches,
+    Read,
     StepStats,
     draw_units,
     micro_batches,
@@ -132,9 +133,7 @@ class StreamingEngine:
         draw_units(self.model, draw, progress)
         self._place()
 
-    def load(
-        self, read: Callable[[str], Tensor], updates: int | None, progress: Callable = iter
-    ) -> None:
+    def load(self, read: Read, updates: int | None, progress: Callable = iter) -> None:
         with_moments = updates is not None and self.training
         for unit, layout in progress(list(self.layouts.items())):
             for row, prefix in enumerate(PREFIXES if with_moments else PREFIXES[:1]):

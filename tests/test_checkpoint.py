@@ -8,6 +8,7 @@ import torch
 import checkpoint
 from checkpoint import Checkpoint, checkpoint_path, find_checkpoints, prune, save
 from errors import UserError
+from systems import World
 
 
 def state():
@@ -23,7 +24,7 @@ def config(folder):
 
 
 def write(out, state):
-    return save(out, state, PROGRESS | {"step": 1}, config(out), None)
+    return save(out, state, PROGRESS | {"step": 1}, config(out), None, World())
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def saved(tmp_path):
         {"step": 5, "updates": 4, "train_tokens": 9},
         config(tmp_path),
         None,
+        World(),
     )
 
 
@@ -51,7 +53,7 @@ def test_round_trip(saved):
 def test_a_checkpoint_that_is_there_is_left_alone(saved):
     before = {file: file.stat().st_mtime_ns for file in saved.iterdir()}
     other = iter([("other", {"x": torch.ones(1)})])
-    assert save(saved.parent, other, PROGRESS, {}, None) == saved
+    assert save(saved.parent, other, PROGRESS, {}, None, World()) == saved
     assert {file: file.stat().st_mtime_ns for file in saved.iterdir()} == before
 
 
@@ -159,15 +161,15 @@ def test_the_manifest_is_written_last_and_the_name_given_after_it(tmp_path, monk
 def test_what_is_not_whole_is_written_anew(saved):
     (saved / "manifest.json").unlink()
     (saved / "norm.safetensors").unlink()
-    save(saved.parent, state(), PROGRESS, config(saved.parents[1]), None)
+    save(saved.parent, state(), PROGRESS, config(saved.parents[1]), None, World())
     assert torch.equal(Checkpoint(saved).read("norm.weight"), torch.ones(3))
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
     used = pytest.raises(UserError, match=f"is in use by process {os.getpid()}")
-    with checkpoint.lock(tmp_path), used, checkpoint.lock(tmp_path):
+    with checkpoint.claim(tmp_path, World()), used, checkpoint.claim(tmp_path, World()):
         pass
-    with checkpoint.lock(tmp_path):  # what is left of a run that ended is not in the way
+    with checkpoint.claim(tmp_path, World()):  # what is left of a run that ended is not in the way
         pass
 
 

@@ -21,6 +21,7 @@ BLOCK, OUTSIDE = 7_087_872, 40_171_776  # parameters of 111m: a block, and all b
 def gpu(**changes) -> Machine:
     sizes = {"device": 76 * 10**9, "host": 2 * 10**12, "disk": 8 * 10**12, "program": 3 * 10**9}
     rates = {"products": 1e15, "bandwidth": 3e12, "link": 5e10, "read": 6e9, "write": 4e9}
+    rates |= {"network": 4.5e11, "fabric": 5e10, "systems": 1}
     return Machine(**{"name": "a GPU", "backend": "GPU", **sizes, **rates, **changes})
 
 

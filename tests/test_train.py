@@ -370,8 +370,7 @@ def test_changed_data_order_is_said(run, config):
     ("flags", "message"),
     [
         (["--backend", "CSX"], "backend: CSX is not there yet"),
-        (["--num_systems", "2"], "num_systems: 2 is not there yet"),
-        (["--engine", "sharded"], "engine: sharded is not there yet"),
+        (["--engine", "cerebras"], "engine: cerebras is not there yet"),
         (["--memory_limit", "0.1MB"], "this model does not fit"),
         (["--vocab_size", "20"], "27 token ids, the model's vocab_size is 20"),
         (["--dataset", "data/nowhere"], "run: python data/prepare.py --name nowhere FILES"),
