@@ -129,11 +129,10 @@ def save(
             if first:
                 manifest = {"format": FORMAT, **progress, "config": config}
                 _finish(path, writing, manifest, [part for rank in gathered for part in rank])
+                prune(out_dir, keep)
     finally:
         if first:
             shutil.rmtree(writing, ignore_errors=True)  # not there any more when all went well
-    if first:
-        prune(out_dir, keep)
     return path
 
 

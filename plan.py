@@ -174,9 +174,19 @@ def engine_plan(
     fitting = [plan for plan in plans if not plan.lacks]
     if not fitting:
         return least_lacking(plans)
+    # host memory where the devices do not suffice, other machines where this one does not
+    first = min(_reach(plan.config) for plan in fitting)
+    fitting = [plan for plan in fitting if _reach(plan.config) == first]
     best = min(plan.seconds for plan in fitting)
     fast = [plan for plan in fitting if plan.seconds <= 1.02 * best]
     return min(fast, key=lambda plan: sum(plan.bytes.values()))
+
+
+def _reach(config: Configuration) -> tuple[bool, int]:
+    """How far a shard of the sharded engine may be away."""
+    return (
+        (config.offload is True, config.shards or 0) if config.engine == "sharded" else (False, 0)
+    )
 
 
 def cuts(

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from configuration import Configuration
 from errors import UserError, one_line
 
-# A system that does not answer for so long is lost: while it computes, and while it may be reading
-# or writing a checkpoint. A lost process is noticed at once, this is for lost machines.
-COMPUTING, PATIENT = timedelta(minutes=5), timedelta(hours=1)
+# A system that does not answer for so long is lost: in a step, and where it may be reading or
+# writing a checkpoint. A lost process is noticed at once; this is for lost machines.
+COMPUTING, PATIENT = timedelta(minutes=2), timedelta(hours=1)
 PARENT = "GIGAGPT_PARENT"  # in the environment of the processes that `launch` starts
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -38,21 +38,21 @@ class World:
     rank: int = 0
     size: int = 1
     here: int = 1
-    group: object = None
+    patient: object = None  # the process group of what may take long
 
     def gather(self, value: object) -> list:
         """The values of all systems, by rank; each must call it."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self.patient)
         return values
 
     def agree(self, flag: bool) -> bool:
         """Whether it is so on any system; each must call it."""
         number = torch.tensor(int(flag))
         if self.size > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
         return bool(number)
 
     @contextmanager
@@ -122,14 +122,14 @@ def meet(config: Configuration, rank: int, size: int) -> World:
             timeout=COMPUTING,
             **(alone if "RANK" not in os.environ else {}),
         )
-        group = dist.new_group(backend="gloo", timeout=PATIENT)
+        patient = dist.new_group(backend="gloo", timeout=PATIENT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"system {rank} of {size} could not meet the others at {place} (MASTER_ADDR and "
             f"MASTER_PORT): {reason}"
         ) from None
-    return World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), group)
+    return World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), patient)
 
 
 def check_agreement(config: Configuration, world: World) -> None:

@@ -19,7 +19,7 @@ from engines import (
     run_steps,
     sum_losses,
 )
-from engines.optimizer import BETAS, MOMENTS, clip_factor, parameter_groups
+from engines.optimizer import BETAS, MOMENTS, clip_factor, parameter_groups, square_sum
 from model import GPT, derive_seed
 
 
@@ -96,7 +96,7 @@ class ResidentEngine:
         grads = [p.grad for p in self.model.parameters()]
         for master, grad in zip(self.master.parameters(), grads, strict=True):
             master.grad = grad
-        norm = torch.nn.utils.get_total_norm(grads).item()
+        norm = torch.stack([square_sum(grad) for grad in grads]).sum().sqrt().item()
         if np.isfinite(loss) and np.isfinite(norm):
             torch._foreach_mul_(grads, clip_factor(self.config, norm))
             for group in self.optimizer.param_groups:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -28,8 +28,9 @@ from engines import (
     run_steps,
     sum_losses,
 )
-from engines.optimizer import BETAS, MOMENTS, clip_factor, parameter_groups
+from engines.optimizer import BETAS, MOMENTS, clip_factor, parameter_groups, square_sum
 from model import GPT, IGNORE, derive_seed
+from systems import COMPUTING
 
 
 class ShardedEngine:
@@ -66,11 +67,7 @@ class ShardedEngine:
         )
 
     def _shard(self) -> None:
-        config, replicas = self.config, self.world // self.shards
-        shape, names = ((replicas, self.shards), ("replica", "shard"))
-        if replicas == 1:
-            shape, names = shape[1:], names[1:]
-        policy = {"mesh": init_device_mesh(self.device.type, shape, mesh_dim_names=names)}
+        config, policy = self.config, {"mesh": self._mesh()}
         if config.precision == "bf16":
             policy["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         if config.offload:
@@ -84,6 +81,18 @@ class ShardedEngine:
         for unit in self._fsdp_units():  # sums, where it would average
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+
+    def _mesh(self) -> DeviceMesh:
+        """Copies × shards, or the shards of one copy; lost connections are noticed in time."""
+        if self.shards == self.world:
+            return init_device_mesh(self.device.type, (self.world,))
+        ranks = torch.arange(self.world).view(-1, self.shards)
+        groups = [
+            dist.new_subgroups_by_enumeration(lists, timeout=COMPUTING)[0]
+            for lists in (ranks.T.tolist(), ranks.tolist())
+        ]
+        names = ("copies", "shards")
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
 
     def _fsdp_units(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if hasattr(module, "reshard")]
@@ -104,7 +113,7 @@ class ShardedEngine:
             blank.init_unit(unit, self.config.seed)
             for name, whole in modules[unit].named_parameters():
                 shard = self.parameters[f"{unit}.{name}"]
-                shard.detach().to_local().copy_(whole.detach()[self._mine(shard)])
+                _local(shard).copy_(whole.detach()[self._mine(shard)])
             modules[unit].to("meta")
 
         draw_units(blank, draw, progress)
@@ -115,21 +124,27 @@ class ShardedEngine:
         self.updates = updates if with_moments else 0
         for name, parameter in progress(list(self.parameters.items())):
             rows = self._mine(parameter)
-            parameter.to_local().copy_(read_tensor(read, name, parameter.shape, rows))
+            _local(parameter).copy_(read_tensor(read, name, parameter.shape, rows))
             if with_moments:
                 state = self.optimizer.state[parameter]
                 state["step"] = torch.tensor(float(updates), device=parameter.device)
                 for moment in MOMENTS:
                     state[moment] = torch.zeros_like(parameter)
                     part = read_tensor(read, f"{moment}.{name}", parameter.shape, rows)
-                    state[moment].to_local().copy_(part)
+                    _local(state[moment]).copy_(part)
 
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
         def one_step(step: int, ids: np.ndarray, targets: np.ndarray, rate: float) -> tuple:
             loss = self._accumulate(*self._pad(ids, targets), step, progress)
-            return loss, self._update(loss, rate)
+            squares = torch.stack([square_sum(_local(p.grad)) for p in self.parameters.values()])
+            # one sum over the systems; every copy holds the same gradients
+            sums = torch.stack([loss, squares.sum().to(self.device) * self.shards / self.world])
+            dist.all_reduce(sums)
+            loss, norm = sums[0].item(), sums[1].sqrt().item()
+            self._update(loss, norm, rate)
+            return loss, norm
 
         self.model.train()
         source = batches(self.rank, self.world)
@@ -142,8 +157,8 @@ class ShardedEngine:
 
     def _accumulate(
         self, ids: np.ndarray, targets: np.ndarray, step: int, progress: Callable[[float], None]
-    ) -> float:
-        """Leaves the gradient of the mean loss in the shards, returns that loss."""
+    ) -> Tensor:
+        """Leaves the gradient of the mean loss in the shards; returns this system's part of it."""
         tokens = self.config.batch_size * self.config.sequence_length
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = -(-self.rows // self.config.micro_batch_size)
@@ -157,25 +172,18 @@ class ShardedEngine:
             (loss / tokens).backward()
             total += loss.detach()
             progress((i + 1) / count)
-        return self._sum(total) / tokens
+        return total / tokens
 
-    def _sum(self, total: Tensor) -> float:
-        """Over the systems."""
-        dist.all_reduce(total)
-        return total.item()
-
-    def _update(self, loss: float, rate: float) -> float:
-        """Clips, steps and returns the norm; a step that is not finite changes nothing."""
-        grads = [parameter.grad for parameter in self.parameters.values()]
-        norm = torch.nn.utils.get_total_norm(grads).full_tensor().item()
+    def _update(self, loss: float, norm: float, rate: float) -> None:
+        """Clips and steps; a step that is not finite changes nothing."""
         if np.isfinite(loss) and np.isfinite(norm):
+            grads = [parameter.grad for parameter in self.parameters.values()]
             torch._foreach_mul_(grads, clip_factor(self.config, norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
-        return norm
 
     def evaluate(self, batches: Batches, progress: Callable = iter) -> tuple[float, int]:
         def losses(ids: np.ndarray, targets: np.ndarray) -> Tensor:
@@ -196,7 +204,7 @@ class ShardedEngine:
                 continue
             file = f"{unit}.{self.shard + 1}-of-{self.shards}"
             named = {n: p for n, p in self.parameters.items() if n.startswith(f"{unit}.")}
-            yield file, {n: p.detach().to_local().cpu() for n, p in named.items()}
+            yield file, {n: _local(p).cpu() for n, p in named.items()}
             for moment in MOMENTS:
                 yield (
                     f"{moment}.{file}",
@@ -206,8 +214,13 @@ class ShardedEngine:
     def _moment(self, parameter: Tensor, moment: str) -> Tensor:
         """Before the first update there are none yet: zeros."""
         state = self.optimizer.state.get(parameter)
-        return state[moment].to_local().cpu() if state else torch.zeros(parameter.to_local().shape)
+        return _local(state[moment]).cpu() if state else torch.zeros(_local(parameter).shape)
 
     def close(self) -> None:
         self.model = self.optimizer = None
         self.parameters.clear()
+
+
+def _local(sharded: Tensor) -> Tensor:
+    """What this system has of it."""
+    return sharded.detach().to_local()

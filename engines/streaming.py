@@ -34,7 +34,7 @@ from engines import (
     run_steps,
     sum_losses,
 )
-from engines.optimizer import MOMENTS, Update, clip_factor, decays
+from engines.optimizer import MOMENTS, Update, clip_factor, decays, square_sum
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
 from errors import UserError
 from model import GPT, derive_seed
@@ -260,7 +260,7 @@ class StreamingEngine:
                 part = gradient[begin:end]
                 if add:
                     part += chunk.data[0].to(self.device, non_blocking=True)
-                squares.append(part.view(-1, 1024).norm(dim=1).double().square().sum())
+                squares.append(square_sum(part))
                 chunk.data[0].copy_(part, non_blocking=True)
             done = record(self.streams, self.outward)
             self.store.give_back(chunk, done, write=slice(0, 1))

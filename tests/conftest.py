@@ -23,6 +23,10 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # measured rates are for the 
 torch.set_num_threads(1)  # small models are faster so, and sums the same everywhere
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="of workers, in the test of restarts")
+
+
 def text(seed: int, words: int) -> str:
     """Something a small model learns in a few steps: words of a small vocabulary, in lines."""
     source = random.Random(seed)

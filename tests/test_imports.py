@@ -24,7 +24,7 @@ MAY_KNOW = {
     "engines/resident": {"configuration", "model", "engines"},
     "engines/store": {"errors"},
     "engines/streaming": {"configuration", "model", "engines", "errors"},
-    "engines/sharded": {"configuration", "model", "engines"},
+    "engines/sharded": {"configuration", "model", "engines", "systems"},
 }
 PLANNERS = {"plan", "train", "eval", "launch"}
 DISTRIBUTED = {"systems", "launch", "sharded"}
