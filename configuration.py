@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -104,8 +104,6 @@ class Configuration(GPTConfig):
                 f"batch_size: {self.batch_size} is smaller than num_systems {self.num_systems}; "
                 f"every system takes at least a sequence"
             )
-        if self.num_systems % (self.shards or 1):
-            raise ValueError(f"shards: {self.shards} does not divide num_systems")
         if self.sequence_length > self.max_position_embeddings:
             raise ValueError(
                 f"sequence_length: {self.sequence_length} is above max_position_embeddings "
@@ -173,22 +171,6 @@ def read_yaml(path: str | Path) -> dict:
 def write_configuration(config: Configuration, path: Path) -> None:
     """Writes a file that is a configuration again."""
     path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-
-
-def model_config(keys: dict) -> GPTConfig:
-    """The shape of the model in a checkpoint's configuration."""
-    try:
-        return GPTConfig(**{key: keys[key] for key in MODEL_KEYS if key in keys})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's configuration is not one of a model: {error}") from None
-
-
-def with_model(config: Configuration, model: GPTConfig) -> Configuration:
-    """The run of `config` for another model."""
-    try:
-        return replace(config, **{key: getattr(model, key) for key in MODEL_KEYS})
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _check_keys(keys: list[str], prefix: str, *more: str) -> None:

@@ -6,12 +6,12 @@ from contextlib import closing
 from functools import partial
 
 import plan
-from configuration import Configuration, model_config, parse_configuration, with_model
+from configuration import Configuration, parse_configuration
 from dataset import EvalBatches
 from engines import open_engine
 from errors import UserError, command
 from metrics import perplexity, watch
-from resume import check_tokenizer, find_checkpoint
+from resume import check_tokenizer, find_checkpoint, model_config, with_model
 from systems import World, joined
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoint
-from configuration import Configuration, model_config, with_model
+from configuration import Configuration
 from errors import UserError, command
 from model import GPTConfig
+from resume import model_config, with_model
 
 INDEX = "model.safetensors.index.json"  # the name transformers looks for
 END_OF_TEXT = "<|endoftext|>"
@@ -146,6 +147,19 @@ def load_tokenizer(checkpoint: Checkpoint):
     if END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
     return tokenizer
+
+
+def encode(tokenizer, prompt: str) -> torch.Tensor:
+    """The ids (1, n) of a prompt; UserError where the vocabulary lacks one of its characters."""
+    try:
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # tokenizers raises no narrower one
+        raise UserError(
+            f"the prompt has a character that the checkpoint's vocabulary lacks ({error})"
+        ) from None
+    if ids.shape[1] == 0:
+        raise UserError("the prompt is empty; give at least one character")
+    return ids
 
 
 def load_model(checkpoint: Checkpoint):

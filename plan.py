@@ -121,6 +121,8 @@ def check_engine(config: Configuration) -> None:
     """Raises UserError for an engine that is not built or not for so many systems."""
     if config.engine == "cerebras":
         raise UserError("engine: cerebras is not there yet; take auto")
+    if config.num_systems % (config.shards or 1):
+        raise UserError(f"shards: {config.shards} does not divide num_systems {config.num_systems}")
     if config.num_systems > 1 and config.engine in ENGINES:
         raise UserError(
             f"engine: {config.engine} is for one system, num_systems is {config.num_systems}; take "

@@ -1,14 +1,15 @@
 """Where a run starts: from nothing, from a checkpoint, or from Hugging Face weights."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from checkpoint import TOKENIZER, Checkpoint, find_checkpoints
-from configuration import MODEL_KEYS, Configuration, model_config, with_model
+from configuration import MODEL_KEYS, Configuration
 from dataset import Tokens
 from errors import UserError
 from metrics import say
+from model import GPTConfig
 from systems import World
 
 # Keys that may change freely, and those that the order of the data depends on.
@@ -119,6 +120,22 @@ def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
         if key == "num_steps" and config.decay_steps is None:
             effect = "; the learning rate decays towards the new end"
         say(f"note: {key} is {now}; it was {then} when {checkpoint.path} was saved{effect}")
+
+
+def model_config(keys: dict) -> GPTConfig:
+    """The shape of the model in a checkpoint's configuration."""
+    try:
+        return GPTConfig(**{key: keys[key] for key in MODEL_KEYS if key in keys})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's configuration is not one of a model: {error}") from None
+
+
+def with_model(config: Configuration, model: GPTConfig) -> Configuration:
+    """The run of `config` for another model."""
+    try:
+        return replace(config, **{key: getattr(model, key) for key in MODEL_KEYS})
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokens: Tokens) -> None:

@@ -8,7 +8,7 @@ from jsonargparse import auto_cli
 
 from checkpoint import Checkpoint
 from errors import UserError, command
-from export import load_model, load_tokenizer
+from export import encode, load_model, load_tokenizer
 
 
 def sample(
@@ -61,19 +61,6 @@ def ask() -> str:
         return input("Enter a prompt (RETURN to exit): ")
     except EOFError:
         return ""
-
-
-def encode(tokenizer, prompt: str) -> torch.Tensor:
-    """The ids (1, n) of a prompt; UserError where the vocabulary lacks one of its characters."""
-    try:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    except Exception as error:  # tokenizers raises no narrower one
-        raise UserError(
-            f"the prompt has a character that the checkpoint's vocabulary lacks ({error})"
-        ) from None
-    if ids.shape[1] == 0:
-        raise UserError("the prompt is empty; give at least one character")
-    return ids
 
 
 def generate(model, ids: torch.Tensor, max_new_tokens: int, **draw: object) -> torch.Tensor:

@@ -11,12 +11,10 @@ from checkpoint import claim, save
 from configuration import Configuration, parse_configuration, write_configuration
 from dataset import EvalBatches, TrainBatches
 from engines import open_engine
-from errors import StopSignals, UserError, command
+from errors import StopSignals, command
 from metrics import Metrics, Silence, say, watch
 from resume import find_start
 from systems import World, joined
-
-MOST_SKIPPED = 10  # steps in a row that were not finite before training stops
 
 
 def main() -> None:
@@ -28,9 +26,8 @@ def main() -> None:
 def train(config: Configuration, world: World) -> None:
     with world.together():
         start = find_start(config, world)
-        planned = None
-        if world.rank == 0:
-            planned = plan.resolve(start.config, start.chosen, here=world.here)
+        resolve = partial(plan.resolve, start.config, start.chosen, here=world.here)
+        planned = resolve() if world.rank == 0 else None
     planned = world.gather(planned)[0]
     config = planned.config
     out_dir = Path(config.out_dir)
@@ -66,16 +63,8 @@ def train(config: Configuration, world: World) -> None:
             state = watch(engine.state(), "saving", "file", 3 * (config.depth + 2))
             say(f"saved {save(out_dir, state, done, asdict(config), config.keep, world)}")
 
-        skipped = 0
         for stats in engine.run(train_batches, start.step, config.num_steps, metrics.progress):
             metrics.log(stats)
-            skipped = 0 if stats.finite else skipped + 1
-            if skipped == MOST_SKIPPED:
-                raise UserError(
-                    f"stopped at step {stats.step}: {skipped} steps in a row had a loss or "
-                    f"gradient that is not finite; go on from an earlier checkpoint in another "
-                    f"--out_dir, with a lower learning_rate or another seed"
-                )
             last = stats.step == config.num_steps
             saved = last or stats.step % config.checkpoint_steps == 0
             if saved:

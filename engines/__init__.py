@@ -18,6 +18,7 @@ from errors import UserError
 from model import GPT, IGNORE
 
 INIT_BYTES = 4e9  # of units that are drawn at a time
+MOST_SKIPPED = 10  # steps in a row that were not finite before training stops
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 Batches = Callable[[int, int], object]  # (rank, world) -> indexed by step: (ids, targets) of int64
 Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
@@ -72,13 +73,25 @@ class Engine(Protocol):
 def run_steps(
     config: Configuration, source: object, start: int, stop: int, one_step: Callable
 ) -> Iterator[StepStats]:
-    """What `run` yields, where one_step(step, ids, targets, rate) -> (loss, gradient's norm)."""
+    """What `run` yields, where one_step(step, ids, targets, rate) -> (loss, gradient's norm).
+
+    Raises UserError when MOST_SKIPPED steps in a row were not finite.
+    """
+    skipped = 0
     for step in range(start, stop):
         began = time.perf_counter()
         rate = learning_rate(config, step + 1)
         loss, grad_norm = one_step(step, *source[step], rate)
         tokens = config.batch_size * config.sequence_length
-        yield StepStats(step + 1, loss, grad_norm, rate, tokens, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        yield (stats := StepStats(step + 1, loss, grad_norm, rate, tokens, seconds))
+        skipped = 0 if stats.finite else skipped + 1
+        if skipped == MOST_SKIPPED:
+            raise UserError(
+                f"stopped at step {step + 1}: {skipped} steps in a row had a loss or gradient "
+                f"that is not finite; go on from an earlier checkpoint in another --out_dir, with "
+                f"a lower learning_rate or another seed"
+            )
 
 
 def micro_batches(

@@ -15,7 +15,10 @@ MAY_KNOW = {
     "checkpoint": {"errors"},
     "systems": {"configuration", "errors", "launch"},
     "launch": {"checkpoint", "configuration", "errors", "plan", "resume", "systems"},
-    "resume": {"checkpoint", "configuration", "dataset", "errors", "export", "metrics", "systems"},
+    "resume": {
+        *("checkpoint", "configuration", "dataset", "errors", "export", "metrics", "model"),
+        *("systems",),
+    },
     "machine": {"configuration", "errors"},
     "plan": {"configuration", "model", "errors", "machine", "engines"},
     "metrics": {"engines"},
