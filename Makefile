@@ -35,12 +35,13 @@ lint: install
 loc:
 	$(PYTHON) bench/loc.py
 
-# Our training step beside Hugging Face's, and streaming beside resident, alternating.
+# Our training step beside Hugging Face's, streaming beside resident, two systems beside one.
 bench: install
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/streaming.py speed
 	$(BIN)/python bench/streaming.py memory
 	$(BIN)/python bench/streaming.py plan
+	$(BIN)/python bench/scaling.py cores
 
 clean:
 	rm -rf .venv out/demo .pytest_cache .ruff_cache

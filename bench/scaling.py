@@ -1,6 +1,8 @@
-"""Two systems of one core each beside one system of two: python bench/scaling.py [--tokens 8192]
+"""The sharded engine beside others: python bench/scaling.py WHAT
 
-The shape of 111m, the same global batch, in turns, each time in processes of its own; the best step
+cores: two systems of one core each beside one system of two, on the shape of 111m, with the same
+global batch. offload: FSDP2 with its shards in host memory beside our streaming from it, on one GPU,
+on the shape of 1p3b. The sides take turns, each time in processes of their own, and the best step
 counts, as machines are noisy. The share of communication is what PyTorch's profiler finds in FSDP's
 gathering and reducing, in one more step.
 """
@@ -18,44 +20,53 @@ from step import alternate, ours
 
 import plan
 from configuration import Configuration
+from metrics import memory_used
 from systems import joined
 
+SHAPE_111M = {"width": 768, "depth": 10, "heads": 12}
+SHAPE_1P3B = {"width": 2048, "depth": 24, "heads": 16}
 EXCHANGES = ("FSDP::all_gather", "FSDP::post_backward_reduce", "FSDP::all_gather_copy_out")
 
 
-def main(tokens: int = 8192, rounds: int = 3, steps: int = 2, precision: str = "auto") -> None:
-    results = {1: [], 2: []}
+def cores(tokens: int = 8192, rounds: int = 3, steps: int = 2) -> None:
+    same = {**SHAPE_111M, "sequence_length": 1024, "batch_size": tokens // 1024, "backend": "CPU"}
+    compare({f"{n} systems": {**same, "num_systems": n} for n in (1, 2)}, rounds, steps)
+
+
+def offload(tokens: int = 16384, rounds: int = 3, steps: int = 3) -> None:
+    same = {**SHAPE_1P3B, "sequence_length": 2048, "batch_size": tokens // 2048, "backend": "GPU"}
+    streaming = {"engine": "streaming", "stream_to": "ram"}
+    fsdp = {"engine": "sharded", "offload": True}
+    compare({"FSDP2 offload": same | fsdp, "streaming": same | streaming}, rounds, steps)
+
+
+def compare(sides: dict[str, dict], rounds: int, steps: int) -> None:
+    """The ratio is the speed of the second side over that of the first."""
+    results = {name: [] for name in sides}
     for _ in range(rounds):
-        for systems, result in results.items():
-            keys = {"tokens": tokens, "steps": steps, "systems": systems, "precision": precision}
-            flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-            command = [sys.executable, __file__, "one", *flags]
+        for name, keys in sides.items():
+            command = [sys.executable, __file__, "one", "--steps", str(steps)]
+            command += ["--keys", json.dumps(keys)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            result.append(json.loads(done.stdout.splitlines()[-1]))
-            print(systems, result[-1], file=sys.stderr)
-    seconds = {n: [s for r in result for s in r["seconds"]] for n, result in results.items()}
-    one, two = (min(taken) for taken in seconds.values())
-    told = {
-        "tokens_per_second": {"one system": tokens / one, "two systems": tokens / two},
-        "ratio": one / two,
-        "spread": [max(taken) / min(taken) for taken in seconds.values()],
-        "communication": min(result["communication"] for result in results[2]),
-    }
-    print(json.dumps(told))
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{name}: {results[name][-1]}", file=sys.stderr)
+    told = {}
+    for name, result in results.items():
+        seconds = [s for r in result for s in r["seconds"]]
+        tokens = sides[name]["batch_size"] * sides[name]["sequence_length"]
+        told[name] = {
+            "tokens_per_second": tokens / min(seconds),
+            "spread": max(seconds) / min(seconds),
+            "communication": min(r["communication"] for r in result),
+            "gigabytes": max(r["gigabytes"] for r in result),
+        }
+    first, second = (side["tokens_per_second"] for side in told.values())
+    print(json.dumps({**told, "ratio": second / first}))
 
 
-def one(tokens: int, steps: int, systems: int, precision: str) -> None:
-    """Some steps of one side; the first system prints how long they took."""
-    config = Configuration(
-        width=768,
-        depth=10,
-        heads=12,
-        sequence_length=1024,
-        batch_size=tokens // 1024,
-        precision=precision,
-        num_systems=systems,
-        backend="CPU",
-    )
+def one(keys: str, steps: int) -> None:
+    """Some steps of one side, given as JSON; the first system tells how long they took."""
+    config = Configuration(**json.loads(keys))
     with joined(config, training=False) as world:
         planned = plan.resolve(config, {}, here=world.here) if world.rank == 0 else None
         config = world.gather(planned)[0].config
@@ -63,16 +74,13 @@ def one(tokens: int, steps: int, systems: int, precision: str) -> None:
         seconds = alternate({"it": step}, steps)["it"]
         with torch.profiler.profile() as profiler:
             step()
-        times = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
-        exchanged = sum(time for key, time in times.items() if key.split(" ")[0] in EXCHANGES)
+        times = {event.key.split(" ")[0]: event.cpu_time_total for event in profiler.key_averages()}
+        exchanged = sum(time for key, time in times.items() if key in EXCHANGES) / 1e6
         if world.rank == 0:
-            share = exchanged / min(seconds)
-            cut = {key: getattr(config, key) for key in ("engine", "micro_batch_size", "reshard")}
-            print(json.dumps({"seconds": seconds, "communication": share, **cut}))
+            told = {"seconds": seconds, "communication": exchanged / min(seconds)}
+            told |= {"gigabytes": memory_used() / 1e9, "cut": plan.summary(planned)}
+            print(json.dumps(told))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]:
-        auto_cli({"one": one}, as_positional=False)
-    else:
-        auto_cli(main, as_positional=False)
+    auto_cli({"cores": cores, "offload": offload, "one": one}, as_positional=False)

@@ -22,7 +22,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900
 export OMP_NUM_THREADS=$(((SLURM_CPUS_ON_NODE + per_node - 1) / per_node))
 
-srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run \
+srun "$python" -m torch.distributed.run \
     --nnodes "$SLURM_NNODES" --nproc_per_node "$per_node" --max_restarts 3 \
     --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:29500" \
     train.py "$@" --num_systems $((SLURM_NNODES * per_node)) --checkpoint_path latest

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import records
+from test_sharded import command
 from test_train import close, engine_config, train
 
 from engines import store
@@ -56,6 +57,31 @@ def test_a_run_crosses_from_resident_to_streaming(run, config):
         seen = run("train", config.path, *flags, "--engine", engine, "--num_steps", steps)
         assert seen.status == 0, seen.err
     assert [r["step"] for r in records(config.out)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("more", [[], ["--offload", "true"], ["--micro_batch_size", 1]])
+def test_sharded_equals_resident(run, config, tmp_path, more):
+    """One system; its process group would outlive the test in this process."""
+    flags = ["--backend", "GPU", "--precision", "fp32", "--out_dir"]
+    seen = run("train", config.path, *flags, tmp_path / "resident", "--engine", "resident")
+    assert seen.status == 0, seen.err
+    for reshard in ("true", "false"):
+        sharded = [*flags, tmp_path / reshard, *more, "--engine", "sharded", "--reshard", reshard]
+        command("train", config.path, *sharded)
+        for a, b in zip(records(tmp_path / "resident"), records(tmp_path / reshard), strict=True):
+            assert close(b["loss"], a["loss"], 1e-5)
+            assert close(b["grad_norm"], a["grad_norm"], 1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("more", [[], ["--offload", "true", "--reshard", "true"]])
+def test_two_gpus_equal_one(run, config, tmp_path, more):
+    flags = ["--backend", "GPU", "--precision", "fp32"]
+    assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0
+    command("train", config.path, *flags, "--num_systems", 2, *more)
+    for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
+        assert close(b["loss"], a["loss"], 1e-5)
+        assert close(b["grad_norm"], a["grad_norm"], 1e-4)
 
 
 def test_bf16_follows_fp32(dataset):
