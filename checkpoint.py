@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -71,17 +72,19 @@ def claim(out_dir: Path, world) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Writes our process id there; the system lets go of it when the process ends."""
+    """Writes our process id there, and what no other run writes; the system lets go of it when the
+    process ends."""
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{path.parent} is in use by process {file.read()}; take another --out_dir"
+                f"{path.parent} is in use by process {file.read().split()[0]}; take another "
+                f"--out_dir"
             ) from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {uuid.uuid4()}")
         file.flush()
         os.fsync(file.fileno())  # for the other systems
         yield
@@ -129,10 +132,12 @@ def save(
             if first:
                 manifest = {"format": FORMAT, **progress, "config": config}
                 _finish(path, writing, manifest, [part for rank in gathered for part in rank])
-                prune(out_dir, keep)
     finally:
         if first:
             shutil.rmtree(writing, ignore_errors=True)  # not there any more when all went well
+    with world.together():
+        if first:
+            prune(out_dir, keep)
     return path
 
 

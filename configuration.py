@@ -39,7 +39,8 @@ class Configuration(GPTConfig):
         backend: where to run; auto takes a GPU when there is one
         engine: how to run; auto asks the planner
         num_systems: number of GPUs or systems to train on
-        max_restarts: how often to go on from the newest checkpoint when a system is lost
+        max_restarts: how often to go on from the newest checkpoint when one of several is lost
+        timeout: seconds in a step after which a silent system is lost; null: 120 or three steps
         precision: of the matrix products; weights and optimizer are fp32 always
         memory_limit: such as 20GB; null: what the machine or its container has
         stream_to: where the streaming engine keeps weights and optimizer
@@ -75,6 +76,7 @@ class Configuration(GPTConfig):
     engine: Literal["auto", "resident", "streaming", "sharded", "cerebras"] = "auto"
     num_systems: int = 1
     max_restarts: int = 0
+    timeout: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_limit: str | None = None
     stream_to: Literal["auto", "ram", "disk"] = "auto"
@@ -114,7 +116,7 @@ class Configuration(GPTConfig):
 _POSITIVE = (
     *("batch_size", "micro_batch_size", "sequence_length", "num_steps", "checkpoint_steps", "keep"),
     *("eval_steps", "eval_batches", "learning_rate", "decay_steps", "adam_epsilon"),
-    *("max_gradient_norm", "num_systems", "pass_size", "shards"),
+    *("max_gradient_norm", "num_systems", "pass_size", "shards", "timeout"),
 )
 MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
 

@@ -23,21 +23,25 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         status = main()
-    except (UserError, OSError, ArgumentError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        status = 1
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which this file does not need
-            raise
-        print(f"error: {one_line(error)}; lower --micro_batch_size", file=sys.stderr)
-        status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except Exception as error:
+        if (message := explain(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        status = 1
     sys.exit(status)
 
 
-def one_line(error: Exception) -> str:
+def explain(error: Exception) -> str | None:
+    """The line for what a user can cause; None for a bug."""
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which this file does not need
+        return f"{_one_line(error)}; lower --micro_batch_size"
+    return _one_line(error) if isinstance(error, (UserError, OSError, ArgumentError)) else None
+
+
+def _one_line(error: Exception) -> str:
     """The message; for an error of the operating system the file's name and the reason."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
@@ -45,11 +49,11 @@ def one_line(error: Exception) -> str:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second one does what it always does. What
-    comes within a second is the same one: launchers, and a parent's end, send it several times."""
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second one does what it always does. One
+    of several systems takes what comes within a second for one: launchers send it several times."""
 
-    def __init__(self):
-        self.stop = False
+    def __init__(self, systems: int):
+        self.stop, self.systems = False, systems
 
     def __enter__(self) -> "StopSignals":
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -60,7 +64,10 @@ class StopSignals:
             self.stop, self.asked = True, time.monotonic()
             name = signal.Signals(number).name
             with suppress(OSError):  # print could meet itself here, or a pipe whose reader is gone
-                os.write(2, f"{name}: finishing this step and saving; again to quit\n".encode())
+                text = f"{name}: finishing this step and saving; again to quit\n"
+                os.write(sys.stderr.fileno(), text.encode())
+            if self.systems == 1:
+                self.__exit__()
         elif time.monotonic() - self.asked > 1:
             self.__exit__()
             os.kill(os.getpid(), number)

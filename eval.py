@@ -11,7 +11,7 @@ from dataset import EvalBatches
 from engines import open_engine
 from errors import UserError, command
 from metrics import perplexity, watch
-from resume import check_tokenizer, find_checkpoint, model_config, with_model
+from resume import check_same_data, check_tokenizer, find_checkpoint, model_config, with_model
 from systems import World, joined
 
 
@@ -25,9 +25,7 @@ def evaluate(config: Configuration, world: World, as_json: bool) -> None:
     with world.together():
         checkpoint = find_checkpoint(config, world)
         if checkpoint is None:
-            raise UserError(
-                "which checkpoint? add --checkpoint_path model_dir/checkpoint_10.mdl, say"
-            )
+            raise UserError("which? add --checkpoint_path model_dir/checkpoint_10.mdl, say")
         config = with_model(config, model_config(checkpoint.config))
         if world.rank == 0:
             config = plan.resolve(config, {}, False, world.here).config
@@ -36,8 +34,10 @@ def evaluate(config: Configuration, world: World, as_json: bool) -> None:
         tokens = batches(0, 1).tokens
         check_tokenizer(checkpoint, tokens)
     config = world.gather(config)[0]
+    check_same_data(world, tokens)
     with closing(open_engine(config, training=False)) as engine:
         engine.load(checkpoint.read, None, partial(watch, what="loading", unit="unit"))
+        world.gather(None)  # the slowest may take long
         loss_sum, count = engine.evaluate(batches, watch)
     loss = loss_sum / count
     result = {"step": checkpoint.step, "loss": loss, "perplexity": perplexity(loss)}

@@ -39,11 +39,19 @@ def launch(config: Configuration, training: bool) -> int:
         if not gpus and config.init_from is None:  # on a GPU a plan would take memory from it
             plan.resolve(config, {}, here=config.num_systems)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT"  # SIGHUP is nohup's
+    try:
+        return run(config, training)
+    except SignalException:  # in the moment of starting
+        raise KeyboardInterrupt from None
+
+
+def run(config: Configuration, training: bool) -> int:
+    """The processes, again and again."""
     for attempt in range(config.max_restarts + 1):
         found = training and attempt and find_checkpoints(Path(config.out_dir))
-        failures = run_processes(
-            config.num_systems, ["--checkpoint_path", "latest"] if found else [], attempt
-        )
+        more = ["--checkpoint_path", "latest"] if found else []
+        failures = run_processes(config.num_systems, more)
         if not failures:
             return 0
         failure = min(failures, key=_blame)
@@ -55,7 +63,7 @@ def launch(config: Configuration, training: bool) -> int:
     raise AssertionError
 
 
-def run_processes(count: int, more: list[str], attempt: int) -> list[ProcessFailure]:
+def run_processes(count: int, more: list[str]) -> list[ProcessFailure]:
     """Runs the command `count` times with `more` arguments; returns what failed. Signals that ask
     for an end are passed on."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -91,9 +99,13 @@ def run_processes(count: int, more: list[str], attempt: int) -> list[ProcessFail
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.sigval)
             else:
-                if failures and asked:  # a second signal ended them at once
-                    raise KeyboardInterrupt
+                if failures and asked and all(_was_asked(failure) for failure in failures):
+                    raise KeyboardInterrupt  # a second signal ended them at once
                 return failures
+
+
+def _was_asked(failure: ProcessFailure) -> bool:
+    return failure.exitcode in (130, -signal.SIGINT, -signal.SIGTERM)
 
 
 def _kind(failure: ProcessFailure) -> str:

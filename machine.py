@@ -87,7 +87,8 @@ def this_machine(config: Configuration, systems: int) -> Machine:
     device = int(0.95 * torch.cuda.mem_get_info()[0]) if gpu else host  # less what fragments
     if config.memory_limit is not None:
         device = parse_bytes(config.memory_limit, "memory_limit")
-        host = host if gpu else device
+        if not gpu:  # where it is the machine's
+            host = device = device // systems
     folder = store_folder(config)
     disk = shutil.disk_usage(folder).free
     rates = measured_rates(config.backend, config.precision, str(folder))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil, log2
+from math import ceil, log2, prod
 
 import torch
 
@@ -95,10 +95,11 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, here: in
     plan = best_plan(config, machine, chosen.get("micro_batch_size"), training)
     same_systems = chosen.get("num_systems") == config.num_systems
     if same_systems and plan.config.engine == chosen.get("engine") != "resident":
-        cut = {key: chosen[key] for key in CUT if getattr(config, key) in (None, "auto")}
+        cut = {k: chosen[k] for k in CUT if k in chosen and getattr(config, k) in (None, "auto")}
         same = make_plan(replace(plan.config, **cut), machine, training)  # it rounds alike
         plan = plan if same.lacks else same
-    return plan
+    timeout = config.timeout or max(120, int(3 * plan.seconds))
+    return replace(plan, config=replace(plan.config, timeout=timeout))
 
 
 def resolve_device(config: Configuration, chosen: dict) -> Configuration:
@@ -314,9 +315,19 @@ def _sizes(model: tuple) -> tuple[int, int, int]:
     return sum(numbers.values()) - sum(blocks), max(blocks), sum(blocks)
 
 
+@lru_cache(maxsize=16)
+def _shapes(model: tuple) -> list[torch.Size]:
+    with torch.device("meta"):
+        return [parameter.shape for parameter in GPT(GPTConfig(**dict(model))).parameters()]
+
+
 def sizes(config: GPTConfig) -> tuple[int, int, int]:
     """Parameters outside the blocks, in the largest block, and in all blocks."""
-    return _sizes(tuple((key, getattr(config, key)) for key in MODEL_KEYS))
+    return _sizes(_model(config))
+
+
+def _model(config: GPTConfig) -> tuple:
+    return tuple((key, getattr(config, key)) for key in MODEL_KEYS)
 
 
 def count(config: GPTConfig) -> int:
@@ -386,12 +397,22 @@ def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> di
     else:
         device += config.depth * boundary + one if config.recompute else config.depth * one
         device += number * outside + (number + 4) * largest  # gradients on their way
-        if not config.reshard and rows(config) > config.micro_batch_size:
-            device += 4 * count(config)  # and what they are added to
+        if rows(config) > config.micro_batch_size:  # and what they are added to
+            if not config.reshard:
+                device += 4 * count(config)
+            elif config.shards < config.num_systems:
+                device += 4 * count(config) / config.shards
     device += head_bytes(config, training)
-    if config.offload:
-        return _tiers(machine, device + 4 * largest, state, 0)
+    if config.offload:  # weights and gradients are pinned, which rounds each up to a power of two
+        pinned = 2 * (pinned_bytes(config) - 4 * count(config) / config.shards)
+        return _tiers(machine, device + 4 * largest, state + pinned, 0)
     return _tiers(machine, device + state, 0, 0)
+
+
+def pinned_bytes(config: Configuration) -> int:
+    """Host memory that the fp32 shards of the weights take when each is pinned on its own."""
+    shapes = ((-(-shape[0] // config.shards), *shape[1:]) for shape in _shapes(_model(config)))
+    return sum(2 ** ceil(log2(4 * prod(shape))) for shape in shapes)
 
 
 def _tiers(machine: Machine, device: float, host: float, disk: float) -> dict[str, float]:
@@ -462,25 +483,28 @@ def moved_bytes(config: Configuration) -> tuple[int, int]:
 def exchanged_bytes(config: Configuration) -> tuple[float, float]:
     """Bytes that a system gets from those it shares a copy with, and from its like in other copies:
     with `reshard` the blocks are gathered twice and gradients scattered once a micro-batch,
-    without it once a step; the copies then sum their gradients."""
+    without it once a step; the copies then sum theirs once a step."""
     outside, _, blocks = sizes(config)
     number = 2 if config.precision == "bf16" else 4
     times = -(-rows(config) // config.micro_batch_size) if config.reshard else 1
-    gathered = number * ((2 if config.reshard else 1) * blocks + outside)
+    gathered = (2 if config.reshard else 1) * blocks + outside
     others = (config.shards - 1) / config.shards
     copies = config.num_systems // config.shards
-    inside = times * others * (gathered + 4 * count(config))
-    return inside, times * 2 * (copies - 1) / copies * 4 * count(config) / config.shards
+    inside = times * others * (number * gathered + 4 * count(config))
+    return inside, 2 * (copies - 1) / copies * 4 * count(config) / config.shards
 
 
 def exchange_seconds(config: Configuration, machine: Machine) -> float:
     """Seconds of a step in which a system's shards, and with `offload` the host's, move."""
     inside, across = exchanged_bytes(config)
     near = machine.network if config.shards <= machine.systems else machine.fabric
-    seconds = inside / near + across / (machine.fabric if config.shards > 1 else near)
-    if config.offload:  # as often as gathered, and 16 bytes a parameter for the update in host RAM
-        moved = inside / (config.shards - 1) if config.shards > 1 else 8 * count(config)
-        seconds += (moved + STATE_BYTES * count(config) / config.shards) / machine.link
+    far = machine.fabric if config.num_systems > machine.systems else machine.network
+    seconds = inside / near + across / far
+    if config.offload:  # fp32 shards in and gradients out, and the update in host memory
+        outside, _, blocks = sizes(config)
+        times = -(-rows(config) // config.micro_batch_size) if config.reshard else 1
+        moved = 4 * times * ((2 if config.reshard else 1) * blocks + outside + count(config))
+        seconds += (moved + STATE_BYTES * count(config)) / config.shards / machine.link
     return seconds
 
 
@@ -551,7 +575,8 @@ def fewest_systems(config: Configuration, machine: Machine, training: bool = Tru
         here = min(systems, PER_MACHINE)
         keys = {"num_systems": systems, "engine": "sharded", "offload": False, "shards": systems}
         cut = replace(config, **keys, reshard=True, recompute=True, micro_batch_size=1)
-        return not make_plan(cut, replace(machine, systems=here), training).lacks
+        plan = make_plan(cut, replace(machine, systems=here), training)
+        return "device" not in plan.lacks
 
     whole = range(2 * PER_MACHINE, config.batch_size + 1, PER_MACHINE)
     counts = [*range(1, min(PER_MACHINE, config.batch_size) + 1), *whole]

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from checkpoint import TOKENIZER, Checkpoint, find_checkpoints
 from configuration import MODEL_KEYS, Configuration
-from dataset import Tokens
+from dataset import EvalBatches, Tokens, TrainBatches
 from errors import UserError
-from metrics import say
+from metrics import read_records, say
 from model import GPTConfig
 from systems import World
 
 # Keys that may change freely, and those that the order of the data depends on.
 FREE = {
-    *("out_dir", "checkpoint_path", "init_from", "memory_limit", "keep", "max_restarts"),
+    *("out_dir", "checkpoint_path", "init_from", "memory_limit", "keep", "max_restarts", "timeout"),
     *("stream_to", "stream_dir", "recompute", "activations", "pass_size"),
     *("shards", "reshard", "offload"),
 }
@@ -37,20 +38,21 @@ class Start:
         """The configuration in which an earlier part of the run replaced every `auto`."""
         return self.checkpoint.config if self.checkpoint else {}
 
-    def check_data(self, tokens: Tokens, world: World) -> None:
-        """The data must be the same everywhere, and those that the checkpoint was trained on, or it
-        is said."""
-        first = world.gather(tokens.count)[0]
-        with world.together():
-            if tokens.count != first:
-                raise UserError(
-                    f"{tokens.path} has {tokens.count:,} tokens, on system 0 {first:,}; copy the "
-                    f"dataset"
-                )
-        if self.checkpoint is not None:
-            check_tokenizer(self.checkpoint, tokens)
-            if self.checkpoint.train_tokens != tokens.count:
-                say(f"note: {tokens.path} is not what it was; its order is another from here on")
+    def open_data(self, config: Configuration, world: World) -> tuple[Callable, Callable, Tokens]:
+        """The batches to train on and those to evaluate on, as functions of (rank, world), and the
+        tokens of the former. They must be the same on every system, and if they are not those that
+        the checkpoint was trained on, it is said."""
+        data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
+        train_batches = partial(TrainBatches, *data, config.seed)
+        val_batches = partial(EvalBatches, *data, config.eval_batches)
+        with world.together():  # both are opened here, for their errors
+            tokens, val_tokens = train_batches(0, 1).tokens, val_batches(0, 1).tokens
+            if self.checkpoint is not None:
+                check_tokenizer(self.checkpoint, tokens)
+        check_same_data(world, tokens, val_tokens)
+        if self.checkpoint is not None and self.checkpoint.train_tokens != tokens.count:
+            say(f"note: {tokens.path} is not what it was; its order is another from here on")
+        return train_batches, val_batches, tokens
 
 
 def find_start(config: Configuration, world: World) -> Start:
@@ -74,11 +76,11 @@ def find_start(config: Configuration, world: World) -> Start:
 
 def find_checkpoint(config: Configuration, world: World) -> Checkpoint | None:
     """The checkpoint that `checkpoint_path` names, or None where there is none to start from. Of
-    several systems each verifies its share of the files."""
+    several systems the first says which is the latest, and each verifies its share of the files."""
     path = config.checkpoint_path
     if path == "latest":
         found = find_checkpoints(Path(config.out_dir))
-        path = found[max(found)] if found else None
+        path = world.gather(found[max(found)] if found else None)[0]
     if path is None:
         return None
     checkpoint = Checkpoint(path)
@@ -101,7 +103,7 @@ def check_out_dir(out_dir: Path, checkpoint: Checkpoint | None) -> None:
 
 def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
     """The checkpoint must be of this model and leave something to do; other changes are said."""
-    if checkpoint.step >= config.num_steps:
+    if checkpoint.step >= config.num_steps and not lacks_evaluation(config, checkpoint):
         raise UserError(
             f"{checkpoint.path} is at step {checkpoint.step} and num_steps is {config.num_steps}: "
             f"nothing is left to train; raise --num_steps"
@@ -122,6 +124,18 @@ def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
         say(f"note: {key} is {now}; it was {then} when {checkpoint.path} was saved{effect}")
 
 
+def check_same_data(world: World, *tokens: Tokens) -> None:
+    """Every system must have the same data."""
+    counts = [each.count for each in tokens]
+    first = world.gather(counts)[0]
+    with world.together():
+        for each, count in zip(tokens, first, strict=True):
+            if each.count != count:
+                raise UserError(
+                    f"{each.path} has {each.count:,} tokens, on system 0 {count:,}; copy it"
+                )
+
+
 def model_config(keys: dict) -> GPTConfig:
     """The shape of the model in a checkpoint's configuration."""
     try:
@@ -136,6 +150,16 @@ def with_model(config: Configuration, model: GPTConfig) -> Configuration:
         return replace(config, **{key: getattr(model, key) for key in MODEL_KEYS})
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def lacks_evaluation(config: Configuration, checkpoint: Checkpoint | None) -> bool:
+    """Whether the run that saved it ended before an evaluation that was due at this step."""
+    out_dir = Path(config.out_dir)
+    if checkpoint is None or checkpoint.path.resolve().parent != out_dir.resolve():
+        return False
+    step, records = checkpoint.step, read_records(out_dir / "metrics.jsonl")
+    due = step % config.eval_steps == 0 or step == config.num_steps
+    return due and not any("val_loss" in r and r["step"] == step for r in records)
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokens: Tokens) -> None:

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from configuration import Configuration
-from errors import UserError, one_line
+from errors import UserError, explain
 
-# A system that does not answer for so long is lost: in a step, and where it may be reading or
-# writing a checkpoint. A lost process is noticed at once; this is for lost machines.
-COMPUTING, PATIENT = timedelta(minutes=2), timedelta(hours=1)
+# A system that does not answer for so long is lost: where all should be at the same place, and
+# where one may be reading or writing a checkpoint; within a step it is `timeout` of the
+# configuration. A lost process is noticed at once; this is for lost machines.
+PROMPT, PATIENT = timedelta(minutes=2), timedelta(hours=1)
 PARENT = "GIGAGPT_PARENT"  # in the environment of the processes that `launch` starts
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -38,7 +39,8 @@ class World:
     rank: int = 0
     size: int = 1
     here: int = 1
-    patient: object = None  # the process group of what may take long
+    patient: object = None  # the process group of what may take long,
+    prompt: object = None  # and of what may not
 
     def gather(self, value: object) -> list:
         """The values of all systems, by rank; each must call it."""
@@ -52,7 +54,7 @@ class World:
         """Whether it is so on any system; each must call it."""
         number = torch.tensor(int(flag))
         if self.size > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.prompt)
         return bool(number)
 
     @contextmanager
@@ -61,10 +63,9 @@ class World:
         mine = None
         try:
             yield
-        except (UserError, OSError) as error:
-            if self.size == 1:
+        except Exception as error:
+            if self.size == 1 or (mine := explain(error)) is None:
                 raise
-            mine = one_line(error)
         told = self.gather(mine)
         for rank, message in enumerate(told):
             if message is not None:
@@ -81,7 +82,10 @@ def joined(config: Configuration, training: bool = True) -> Iterator[World]:
 
         sys.exit(launch(config, training))
     size = int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
+    rank = int(os.environ.get("RANK", 0))
     if size != config.num_systems:
+        if rank > 0:  # the first tells it
+            sys.exit(1)
         raise UserError(
             f"num_systems: {config.num_systems}, but the launcher started {size} processes "
             f"(WORLD_SIZE); give both the same number"
@@ -89,23 +93,21 @@ def joined(config: Configuration, training: bool = True) -> Iterator[World]:
     if size == 1 and config.engine != "sharded":
         yield World()
         return
-    rank = int(os.environ.get("RANK", 0))
     if os.environ.get(PARENT) and sys.platform == "linux":  # a parent that is killed takes us along
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    console = os.dup(2)
+        if os.getppid() != int(os.environ[PARENT]):
+            sys.exit(1)
+    if rank > 0:  # one voice
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         world = meet(config, rank, size)
-        if rank > 0:  # one voice
-            for descriptor in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         check_agreement(config, world)
         yield world
     except Exception as error:
         if size == 1:
             raise
-        os.dup2(console, 2)
         report(error, rank)
-        sys.stderr.flush()
+        sys.stdout.flush()
         os._exit(1)  # what still waits for the others would hold up a usual exit
     with suppress(RuntimeError):
         dist.destroy_process_group()
@@ -115,21 +117,24 @@ def meet(config: Configuration, rank: int, size: int) -> World:
     """Meets the other processes."""
     gpu = config.backend != "CPU" and torch.cuda.is_available()
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    host = socket.gethostname()
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            timeout=COMPUTING,
+            timeout=PATIENT,
             **(alone if "RANK" not in os.environ else {}),
         )
-        patient = dist.new_group(backend="gloo", timeout=PATIENT)
+        patient, prompt = (dist.new_group(backend="gloo", timeout=t) for t in (PATIENT, PROMPT))
+        world = World(rank, size, 1, patient, prompt)
+        here = world.gather(host).count(host)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"system {rank} of {size} could not meet the others at {place} (MASTER_ADDR and "
-            f"MASTER_PORT): {reason}"
+            f"could not meet the other systems at {place} (MASTER_ADDR and MASTER_PORT): {reason}"
         ) from None
-    return World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), patient)
+    world.here = int(os.environ.get("LOCAL_WORLD_SIZE", here))
+    return world
 
 
 def check_agreement(config: Configuration, world: World) -> None:
@@ -148,13 +153,13 @@ def report(error: Exception, rank: int) -> None:
     """Tells the error, or leaves that to the parent, who hears of all; what every system has is
     told by the first."""
     told_elsewhere = isinstance(error, SharedError) and rank > 0
-    expected = is_lost(error) or isinstance(error, OSError | UserError)
+    expected = is_lost(error) or explain(error) is not None
     if is_lost(error):
         reason = str(error).splitlines()[0]
         error = ConnectionError(f"system {rank} lost its connection to another one: {reason}")
     elif expected:
         where = "" if isinstance(error, SharedError) else f"system {rank}: "
-        error = UserError(where + one_line(error))
+        error = UserError(where + explain(error))
     started_here = os.environ.get(PARENT) == str(os.getppid())
     if os.environ.get("TORCHELASTIC_ERROR_FILE") and (started_here or not expected):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -162,10 +167,11 @@ def report(error: Exception, rank: int) -> None:
         get_error_handler().record_exception(error)
     if started_here or told_elsewhere:
         return
-    if expected:
-        print(f"error: {error}", file=sys.stderr)
-    else:
+    sys.stderr = sys.__stderr__
+    if not expected:
         sys.excepthook(type(error), error, error.__traceback__)
+        error = f"system {rank} failed"
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def is_lost(error: Exception) -> bool:

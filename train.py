@@ -9,11 +9,10 @@ from pathlib import Path
 import plan
 from checkpoint import claim, save
 from configuration import Configuration, parse_configuration, write_configuration
-from dataset import EvalBatches, TrainBatches
 from engines import open_engine
 from errors import StopSignals, command
 from metrics import Metrics, Silence, say, watch
-from resume import find_start
+from resume import find_start, lacks_evaluation
 from systems import World, joined
 
 
@@ -32,15 +31,9 @@ def train(config: Configuration, world: World) -> None:
     config = planned.config
     out_dir = Path(config.out_dir)
 
-    data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
-    train_batches = partial(TrainBatches, *data, config.seed)
-    val_batches = partial(EvalBatches, *data, config.eval_batches)
-    with world.together():  # both are opened here, for their errors
-        val_batches(0, 1)
-        tokens = train_batches(0, 1).tokens
-    start.check_data(tokens, world)
+    train_batches, val_batches, tokens = start.open_data(config, world)
 
-    with claim(out_dir, world), StopSignals() as signals, ExitStack() as stack:
+    with claim(out_dir, world), StopSignals(world.size) as signals, ExitStack() as stack:
         say(plan.describe(planned))
         engine = stack.enter_context(closing(open_engine(config)))
         if start.read is None:
@@ -54,6 +47,7 @@ def train(config: Configuration, world: World) -> None:
             flops, peak = plan.flops_per_token(config), planned.machine.products * world.size
             metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak)
         stack.callback(metrics.close)
+        world.gather(None)  # the slowest may take long
 
         def stopping() -> bool:
             return world.agree(signals.stop)
@@ -63,6 +57,15 @@ def train(config: Configuration, world: World) -> None:
             state = watch(engine.state(), "saving", "file", 3 * (config.depth + 2))
             say(f"saved {save(out_dir, state, done, asdict(config), config.keep, world)}")
 
+        def evaluate(step: int) -> None:
+            loss, count = engine.evaluate(
+                val_batches, lambda b: takewhile(lambda _: not stopping(), watch(b))
+            )
+            if not stopping():  # else it was cut short
+                metrics.log_evaluation(step, loss / count)
+
+        if world.gather(lacks_evaluation(config, start.checkpoint))[0]:
+            evaluate(start.step)
         for stats in engine.run(train_batches, start.step, config.num_steps, metrics.progress):
             metrics.log(stats)
             last = stats.step == config.num_steps
@@ -70,11 +73,7 @@ def train(config: Configuration, world: World) -> None:
             if saved:
                 save_checkpoint(stats.step)
             if last or stats.step % config.eval_steps == 0:
-                loss, count = engine.evaluate(
-                    val_batches, lambda b: takewhile(lambda _: not stopping(), watch(b))
-                )
-                if not stopping():  # else it was cut short
-                    metrics.log_evaluation(stats.step, loss / count)
+                evaluate(stats.step)
             if stopping():
                 if not saved:
                     save_checkpoint(stats.step)

@@ -1,8 +1,8 @@
 """The sharded engine beside others: python bench/scaling.py WHAT
 
 cores: two systems of one core each beside one system of two, on the shape of 111m, with the same
-global batch. offload: FSDP2 with its shards in host memory beside our streaming from it, on one GPU,
-on the shape of 1p3b. The sides take turns, each time in processes of their own, and the best step
+global batch. offload: FSDP2 with its shards in host memory beside streaming from it, on one GPU, on
+the shape of 1p3b. The sides take turns, each time in processes of their own, and the best step
 counts, as machines are noisy. The share of communication is what PyTorch's profiler finds in FSDP's
 gathering and reducing, in one more step.
 """
@@ -72,13 +72,14 @@ def one(keys: str, steps: int) -> None:
         config = world.gather(planned)[0].config
         step = ours(config)
         seconds = alternate({"it": step}, steps)["it"]
+        gigabytes = memory_used() / 1e9
         with torch.profiler.profile() as profiler:
             step()
         times = {event.key.split(" ")[0]: event.cpu_time_total for event in profiler.key_averages()}
         exchanged = sum(time for key, time in times.items() if key in EXCHANGES) / 1e6
         if world.rank == 0:
             told = {"seconds": seconds, "communication": exchanged / min(seconds)}
-            told |= {"gigabytes": memory_used() / 1e9, "cut": plan.summary(planned)}
+            told |= {"gigabytes": gigabytes, "cut": plan.summary(planned)}
             print(json.dumps(told))
 
 

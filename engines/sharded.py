@@ -7,13 +7,14 @@ gradients summed over the systems, so that the numbers do not depend on how many
 
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +31,6 @@ from engines import (
 )
 from engines.optimizer import BETAS, MOMENTS, clip_factor, parameter_groups, square_sum
 from model import GPT, IGNORE, derive_seed
-from systems import COMPUTING
 
 
 class ShardedEngine:
@@ -46,8 +46,8 @@ class ShardedEngine:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cpu")
         if config.backend == "GPU":
-            local_rank = int(os.environ.get("LOCAL_RANK", self.rank % torch.cuda.device_count()))
-            self.device = torch.device("cuda", local_rank)
+            local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+            self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.shards = config.shards
         # shards of a copy are neighbours, on one machine if they fit there
@@ -84,11 +84,13 @@ class ShardedEngine:
 
     def _mesh(self) -> DeviceMesh:
         """Copies × shards, or the shards of one copy; lost connections are noticed in time."""
+        timeout = timedelta(seconds=self.config.timeout)
+        self.group = dist.new_group(timeout=timeout)
         if self.shards == self.world:
-            return init_device_mesh(self.device.type, (self.world,))
+            return DeviceMesh.from_group(self.group, self.device.type)
         ranks = torch.arange(self.world).view(-1, self.shards)
         groups = [
-            dist.new_subgroups_by_enumeration(lists, timeout=COMPUTING)[0]
+            dist.new_subgroups_by_enumeration(lists, timeout=timeout)[0]
             for lists in (ranks.T.tolist(), ranks.tolist())
         ]
         names = ("copies", "shards")
@@ -141,7 +143,7 @@ class ShardedEngine:
             squares = torch.stack([square_sum(_local(p.grad)) for p in self.parameters.values()])
             # one sum over the systems; every copy holds the same gradients
             sums = torch.stack([loss, squares.sum().to(self.device) * self.shards / self.world])
-            dist.all_reduce(sums)
+            dist.all_reduce(sums, group=self.group)
             loss, norm = sums[0].item(), sums[1].sqrt().item()
             self._update(loss, norm, rate)
             return loss, norm
@@ -163,6 +165,7 @@ class ShardedEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = -(-self.rows // self.config.micro_batch_size)
         for i, (x, y) in enumerate(micro_batches(self.config, self.device, ids, targets)):
+            self.model.set_requires_all_reduce(i == count - 1)  # between copies
             if not self.config.reshard:
                 self.model.set_requires_gradient_sync(i == count - 1)
                 self.model.set_reshard_after_backward(i == count - 1)

@@ -27,7 +27,7 @@ MAY_KNOW = {
     "engines/resident": {"configuration", "model", "engines"},
     "engines/store": {"errors"},
     "engines/streaming": {"configuration", "model", "engines", "errors"},
-    "engines/sharded": {"configuration", "model", "engines", "systems"},
+    "engines/sharded": {"configuration", "model", "engines"},
 }
 PLANNERS = {"plan", "train", "eval", "launch"}
 DISTRIBUTED = {"systems", "launch", "sharded"}

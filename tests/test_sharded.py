@@ -66,18 +66,23 @@ def equal_records(expected: Path, got: Path, of: float = 1e-5) -> None:
 
 
 CUTS = {
-    "2": (2, ["--micro_batch_size", 4]),
     "2, shared again, recomputed": (
         *(2, ["--reshard", "true", "--recompute", "true", "--micro_batch_size", 1]),
     ),
     "3, uneven": (3, ["--micro_batch_size", 2, "--reshard", "false"]),
     "4, two copies, no biases": (
-        *(4, ["--shards", 2, "--reshard", "true", "--recompute", "false", "--bias", "false"]),
+        *(4, ["--shards", 2, "--reshard", "true", "--micro_batch_size", 1, "--bias", "false"]),
+    ),
+    "4, two copies, whole for a step": (
+        *(4, ["--shards", 2, "--reshard", "false", "--micro_batch_size", 1]),
     ),
 }
+LONG = "4, two copies, whole for a step"
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    "cut", [pytest.param(cut, marks=pytest.mark.long if cut == LONG else ()) for cut in CUTS]
+)
 def test_equals_resident(run, config, tmp_path, cut):
     """20 steps, clipping active in each, and an evaluation: every number to 1e-5."""
     systems, flags = CUTS[cut]
@@ -92,10 +97,11 @@ def test_equals_resident(run, config, tmp_path, cut):
     assert all(r["grad_norm"] > 0.1 for r in records(config.out, "grad_norm"))
 
 
+@pytest.mark.long
 def test_bf16_follows_resident(run, config, tmp_path):
     flags = ["--precision", "bf16", "--micro_batch_size", 2, "--num_steps", 10]
     assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0
-    command("train", config.path, *flags, "--num_systems", 2, "--reshard", "true")
+    command("train", config.path, *flags, "--num_systems", 2, "--reshard", "false")
     for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
         assert close(b["loss"], a["loss"], 5e-3)
         assert close(b["grad_norm"], a["grad_norm"], 5e-2)
@@ -113,10 +119,7 @@ def test_a_checkpoint_crosses(run, config, tmp_path):
     ):
         done += 2
         keys = ["--engine", engine, "--num_systems", systems, "--num_steps", done]
-        if engine == "sharded":
-            seen = command("train", *flags, *keys)
-        else:
-            seen = run("train", *flags, *keys)
+        seen = command("train", *flags, *keys) if systems > 1 else run("train", *flags, *keys)
         assert f"at step {done - 2}" in seen.out or done == 2, seen.err
     for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
         assert close(b["loss"], a["loss"], 1e-5)
@@ -180,13 +183,12 @@ def test_a_changed_file_is_found_by_the_system_that_verifies_it(two, tmp_path):
 
 
 def test_eval_counts_every_token(two, run):
-    """val.bin has 300 predictions, in windows that two systems do not divide."""
+    """val.bin has 300 predictions, in windows that three systems do not divide."""
     flags = [two.path, "--checkpoint_path", two.last, "--json", "--batch_size", 4]
     one = json.loads(run("eval", *flags).out)
-    for systems in (2, 3):
-        told = json.loads(command("eval", *flags, "--num_systems", systems).out)
-        assert told["tokens"] == one["tokens"]
-        assert close(told["loss"], one["loss"], 1e-6)
+    told = json.loads(command("eval", *flags, "--num_systems", 3).out)
+    assert told["tokens"] == one["tokens"]
+    assert close(told["loss"], one["loss"], 1e-6)
 
 
 def test_other_commands_take_its_checkpoints(two, run, tmp_path):
@@ -197,11 +199,7 @@ def test_other_commands_take_its_checkpoints(two, run, tmp_path):
 
 def test_a_changed_model_trains_sharded(config, tmp_path):
     """model.py alone changes, as in the test of streaming."""
-    clone = tmp_path / "clone"
-    for pattern in ("*.py", "engines/*.py", "data/*.py"):
-        for path in ROOT.glob(pattern):
-            (clone / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, clone / path.relative_to(ROOT))
+    clone = cloned(tmp_path / "clone")
     source = (clone / "model.py").read_text()
     for before, after in MODEL:
         assert before in source
@@ -215,12 +213,11 @@ def test_a_changed_model_trains_sharded(config, tmp_path):
     fails = "        if __import__('os').environ.get('RANK') == '1':\n            1 / 0\n"
     head = "        self.seed_dropout(dropout_seed, 0)\n"
     (clone / "model.py").write_text(source.replace(head, fails + head))
-    flags = ["--bias", "false", "--num_systems", 2, "--max_restarts", 1]
+    flags = ["--bias", "false", "--num_systems", 2]
     seen = end(begin("train", config.path, *flags, root=clone))
     assert seen.status == 1
-    assert seen.err.count("ZeroDivisionError") == 2  # of the first try and of the restart
-    assert seen.err.count("error: system 1 failed") == 2
-    assert seen.out.count("restarting: 1 of 1") == 1
+    assert seen.err.count("ZeroDivisionError") == 1
+    assert seen.err.count("error: ") == seen.err.count("error: system 1 failed") == 1
 
 
 def workers(process: subprocess.Popen) -> list[int]:
@@ -240,8 +237,38 @@ def test_a_lost_system_ends_the_run(config):
     await_steps(process, 5, seen)
     began = time.monotonic()
     os.kill(workers(process)[1], signal.SIGKILL)
-    assert end(process).status == 1
+    refused(end(process), "system 1 was killed by SIGKILL")
     assert time.monotonic() - began < 60
+
+
+def test_a_run_that_was_lost_in_its_last_evaluation_makes_up_for_it(run, config):
+    """All is trained and saved then; a restart, or a second start, evaluates and ends well."""
+    process = begin("train", config.path, "--num_systems", 2, "--max_restarts", 1)
+    for line in process.stdout:
+        if "checkpoint_6" in line:
+            os.kill(workers(process)[0], signal.SIGKILL)
+            break
+    assert end(process).status == 0
+    assert [r["step"] for r in records(config.out, "val_loss")] == [6]
+    (config.out / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps(r)}\n" for r in records(config.out))
+    )
+    for _ in range(2):  # the second has nothing to do
+        seen = run("train", config.path, "--checkpoint_path", "latest")
+        assert [r["step"] for r in records(config.out, "val_loss")] == [6]
+    refused(seen, "nothing is left to train")
+
+
+def test_nohup_holds(config):
+    """A hang-up that the caller has ignored is ignored in every process."""
+    script = f"trap '' HUP; exec {sys.executable} train.py {config.path} --num_systems 2"
+    process = subprocess.Popen(
+        ["bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE
+    )
+    await_steps(process, 1, [])
+    for pid in (process.pid, *workers(process)):
+        os.kill(pid, signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
 
 
 def test_lost_systems_restart_the_run(run, config, tmp_path, request):
@@ -322,16 +349,18 @@ def test_systems_that_disagree(config, what):
     assert (second.status, second.err) == (1, "")
 
 
+def cloned(folder: Path) -> Path:
+    """The program, in a folder of its own."""
+    for pattern in ("*.py", "engines/*.py", "data/*.py"):
+        for path in ROOT.glob(pattern):
+            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / path.relative_to(ROOT))
+    return folder
+
+
 def test_a_dataset_that_one_system_lacks(config, tmp_path):
     """In folders of their own, as nodes have: relative paths lead each to another place."""
-    folders = []
-    for name in ("a", "b"):
-        clone = tmp_path / name
-        for pattern in ("*.py", "engines/*.py", "data/*.py"):
-            for path in ROOT.glob(pattern):
-                (clone / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, clone / path.relative_to(ROOT))
-        folders.append(clone)
+    folders = [cloned(tmp_path / name) for name in ("a", "b")]
     shutil.copytree(config.values["dataset"], folders[0] / "data/words")
 
     def both(*more: object) -> list[SimpleNamespace]:
@@ -360,7 +389,7 @@ def test_a_port_in_use(config):
         flags = ["--num_systems", 2]
         shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         seen = end(begin("train", config.path, *flags, RANK=0, **shared))
-    refused(seen, f"could not meet the others at 127.0.0.1:{port}")
+    refused(seen, f"could not meet the other systems at 127.0.0.1:{port}")
     assert "in use" in seen.err
 
 
@@ -388,12 +417,12 @@ def test_refusals(config, flags, environment, message):
 @pytest.mark.parametrize(("size", "systems"), [("13b", 4), ("70b", 24), ("175b", 80)])
 def test_from_how_many_systems_a_model_fits(run, size, systems):
     """docs/scale-out.md has the arithmetic."""
-    for count, offload in ((systems, False), (systems - (8 if systems > 8 else 1), True)):
+    for count, fits in ((systems, True), (systems - (8 if systems > 8 else 1), False)):
         more = ["--device", "h100", "--host_memory", "4TB", "--num_systems", count, "--json"]
         told = json.loads(
             run("plan", ROOT / f"configs/{size}.yaml", *more, "--offload", "false").out
         )
-        assert told["fits"] is not offload
+        assert told["fits"] is fits
         assert told["engine"] == "sharded"
     more = ["--device", "h100", "--host_memory", "4TB", "--num_systems", systems]
     assert (
