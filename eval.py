@@ -25,7 +25,7 @@ def evaluate(config: Configuration, world: World, as_json: bool) -> None:
     with world.together():
         checkpoint = find_checkpoint(config, world)
         if checkpoint is None:
-            raise UserError("which? add --checkpoint_path model_dir/checkpoint_10.mdl, say")
+            raise UserError("which checkpoint? add --checkpoint_path model_dir/checkpoint_10.mdl")
         config = with_model(config, model_config(checkpoint.config))
         if world.rank == 0:
             config = plan.resolve(config, {}, False, world.here).config
