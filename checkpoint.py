@@ -80,7 +80,7 @@ def _locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{path.parent} is in use by process {file.read().split()[0]}; take another "
+                f"{path.parent} is in use by process {file.read().partition(' ')[0]}; take another "
                 f"--out_dir"
             ) from None
         file.truncate(0)

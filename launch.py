@@ -93,11 +93,11 @@ def run_processes(count: int, more: list[str]) -> list[ProcessFailure]:
         while True:
             try:
                 failures = list(processes.wait(period=0.1).failures.values())
-            except SignalException as signal:
+            except SignalException as caught:
                 asked = True
                 for pid in processes.pids().values():
                     with suppress(ProcessLookupError):
-                        os.kill(pid, signal.sigval)
+                        os.kill(pid, caught.sigval)
             else:
                 if failures and asked and all(_was_asked(failure) for failure in failures):
                     raise KeyboardInterrupt  # a second signal ended them at once

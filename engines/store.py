@@ -25,7 +25,6 @@ from errors import UserError
 
 CHUNK = 4 * 2**20  # numbers of a kind that move at a time: 16 MB, 64 MB of all four
 BUFFERS = 6  # chunks that are on their way from or to the disk at a time
-KINDS = 4
 WEIGHT, STATE, GRADIENT, ALL = slice(0, 1), slice(0, 3), slice(3, 4), slice(0, 4)
 PAGE = 4096  # bytes: what direct input and output is aligned to
 THREADS = 4

@@ -24,7 +24,7 @@ torch.set_num_threads(1)  # small models are faster so, and sums the same everyw
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="of workers, in the test of restarts")
+    parser.addoption("--kills", type=int, default=1, help="of workers, in the test of restarts")
 
 
 def text(seed: int, words: int) -> str:

@@ -77,11 +77,10 @@ CUTS = {
         *(4, ["--shards", 2, "--reshard", "false", "--micro_batch_size", 1]),
     ),
 }
-LONG = "4, two copies, whole for a step"
 
 
 @pytest.mark.parametrize(
-    "cut", [pytest.param(cut, marks=pytest.mark.long if cut == LONG else ()) for cut in CUTS]
+    "cut", [pytest.param(cut, marks=pytest.mark.long if cut[0] == "4" else ()) for cut in CUTS]
 )
 def test_equals_resident(run, config, tmp_path, cut):
     """20 steps, clipping active in each, and an evaluation: every number to 1e-5."""
@@ -259,6 +258,7 @@ def test_a_run_that_was_lost_in_its_last_evaluation_makes_up_for_it(run, config)
     refused(seen, "nothing is left to train")
 
 
+@pytest.mark.long
 def test_nohup_holds(config):
     """A hang-up that the caller has ignored is ignored in every process."""
     script = f"trap '' HUP; exec {sys.executable} train.py {config.path} --num_systems 2"
