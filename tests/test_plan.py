@@ -159,8 +159,8 @@ def test_bad_arguments(run, config):
     ids=["resident", "streaming"],
 )
 def test_memory_is_what_was_planned(tmp_path, keys):
-    """In a process of its own, at most 15% more; bench/streaming.py plan shows larger models. Less by
-    luck: where the heap puts its aligned blocks differs from run to run (docs/log.md)."""
+    """In a process of its own, at most 15% more; bench/streaming.py plan shows larger models. Less
+    by luck: where the heap puts its aligned blocks differs from run to run (docs/log.md)."""
     keys |= {"width": 512, "depth": 4, "heads": 8, "sequence_length": 1024, "batch_size": 2}
     command = [sys.executable, "bench/streaming.py", "one", "--keys", json.dumps(keys)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
