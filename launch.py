@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,10 +19,9 @@ from torch.distributed.elastic.multiprocessing import (
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import plan
-from checkpoint import find_checkpoints
 from configuration import Configuration
 from errors import UserError
-from resume import check_out_dir, find_checkpoint
+from resume import check_out_dir, find_checkpoint, lacks_evaluation
 from systems import PARENT, World
 
 
@@ -49,8 +49,13 @@ def launch(config: Configuration, training: bool) -> int:
 def run(config: Configuration, training: bool) -> int:
     """The processes, again and again."""
     for attempt in range(config.max_restarts + 1):
-        found = training and attempt and find_checkpoints(Path(config.out_dir))
-        more = ["--checkpoint_path", "latest"] if found else []
+        more, latest = [], None
+        if training and attempt:
+            latest = find_checkpoint(replace(config, checkpoint_path="latest"), World())
+        if latest is not None:
+            if latest.step == config.num_steps and not lacks_evaluation(config, latest):
+                return 0  # it was lost in its last breath
+            more = ["--checkpoint_path", "latest"]
         failures = run_processes(config.num_systems, more)
         if not failures:
             return 0
