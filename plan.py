@@ -36,6 +36,9 @@ EFFICIENCY = {"CPU": 0.7, "GPU": 0.5}
 # A logit: itself, its log-softmax and two gradients in fp32, in bf16 itself and one gradient too;
 # on a CPU as the heap grew when it kept what was freed (docs/log.md)
 LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 32, ("CPU", "bf16"): 24}
+# Times what comes and goes, that is what it takes in a CPU's heap, whose holes are not filled; by
+# `reshard`, which makes it come and go more often (docs/log.md)
+HOLES = {True: 2.0, False: 1.2}
 ENGINES = ("resident", "streaming")  # of one system; of several: sharded
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
 # What another choice would round differently
@@ -403,6 +406,8 @@ def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> di
             elif config.shards < config.num_systems:
                 device += 4 * count(config) / config.shards
     device += head_bytes(config, training)
+    if not on_gpu(machine):
+        device *= HOLES[config.reshard]
     if config.offload:  # weights and gradients are pinned, which rounds each up to a power of two
         pinned = 2 * (pinned_bytes(config) - 4 * count(config) / config.shards)
         return _tiers(machine, device + 4 * largest, state + pinned, 0)
