@@ -111,6 +111,16 @@ def test_models_larger_than_the_memory(clone):
         assert "streaming" in worked(type_in(clone, line))
 
 
+def test_many_systems(clone):
+    line = "python train.py configs/111m.yaml --num_systems 2"
+    small = ["--dataset", "data/shakespeare", "--width", "96", "--depth", "1", "--batch_size", "2"]
+    small += ["--sequence_length", "64", "--num_steps", "1", "--eval_batches", "1"]
+    out = worked(type_in(clone, line, *small, "--backend", "CPU", "--out_dir", "sharded"))
+    assert "2 systems of 2 to a copy" in out and "step 1/1" in out
+    line = "python plan.py configs/70b.yaml --device h100 --host_memory 2TB --num_systems 128"
+    assert "fits from 24 such devices on" in worked(type_in(clone, line))
+
+
 @pytest.mark.parametrize("size", ["13b", "70b", "175b"])
 def test_models_beyond_this_machine(clone, size):
     more = ["--memory_limit", "2GB", "--out_dir", "fresh"]
