@@ -35,7 +35,7 @@ MOST_TOKENS = {"CPU": 2048, "GPU": 32768}  # in a micro-batch: more is hardly fa
 EFFICIENCY = {"CPU": 0.7, "GPU": 0.5}
 # A logit: itself, its log-softmax and two gradients in fp32, in bf16 itself and one gradient too;
 # on a CPU as the heap grew when it kept what was freed (docs/log.md)
-LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 32, ("CPU", "bf16"): 24}
+LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 29, ("CPU", "bf16"): 24}
 # Times what comes and goes, that is what it takes in a CPU's heap, whose holes are not filled; by
 # `reshard`, which makes it come and go more often (docs/log.md)
 HOLES = {True: 2.0, False: 1.2}
@@ -485,14 +485,20 @@ def moved_bytes(config: Configuration) -> tuple[int, int]:
     return inward, 12 * (blocks + outside) + passes * 4 * gradients
 
 
+def gathers(config: Configuration) -> tuple[int, int]:
+    """How often a step of the sharded engine gathers weights, and how many of them each time."""
+    outside, _, blocks = sizes(config)
+    if config.reshard:
+        return -(-rows(config) // config.micro_batch_size), 2 * blocks + outside
+    return 1, blocks + outside
+
+
 def exchanged_bytes(config: Configuration) -> tuple[float, float]:
     """Bytes that a system gets from those it shares a copy with, and from its like in other copies:
     with `reshard` the blocks are gathered twice and gradients scattered once a micro-batch,
     without it once a step; the copies then sum theirs once a step."""
-    outside, _, blocks = sizes(config)
     number = 2 if config.precision == "bf16" else 4
-    times = -(-rows(config) // config.micro_batch_size) if config.reshard else 1
-    gathered = (2 if config.reshard else 1) * blocks + outside
+    times, gathered = gathers(config)
     others = (config.shards - 1) / config.shards
     copies = config.num_systems // config.shards
     inside = times * others * (number * gathered + 4 * count(config))
@@ -506,9 +512,8 @@ def exchange_seconds(config: Configuration, machine: Machine) -> float:
     far = machine.fabric if config.num_systems > machine.systems else machine.network
     seconds = inside / near + across / far
     if config.offload:  # fp32 shards in and gradients out, and the update in host memory
-        outside, _, blocks = sizes(config)
-        times = -(-rows(config) // config.micro_batch_size) if config.reshard else 1
-        moved = 4 * times * ((2 if config.reshard else 1) * blocks + outside + count(config))
+        times, gathered = gathers(config)
+        moved = 4 * times * (gathered + count(config))
         seconds += (moved + STATE_BYTES * count(config)) / config.shards / machine.link
     return seconds
 

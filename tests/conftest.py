@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +26,15 @@ torch.set_num_threads(1)  # small models are faster so, and sums the same everyw
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=1, help="of workers, in the test of restarts")
+
+
+def cloned(folder: Path) -> Path:
+    """The program, in a folder of its own."""
+    for pattern in ("*.py", "engines/*.py", "data/*.py"):
+        for path in ROOT.glob(pattern):
+            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / path.relative_to(ROOT))
+    return folder
 
 
 def text(seed: int, words: int) -> str:

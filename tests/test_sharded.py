@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, records
+from conftest import ROOT, cloned, records
 from test_streaming import MODEL
 from test_train import close, refused
 
@@ -351,15 +351,6 @@ def test_systems_that_disagree(config, what):
     first, second = launched(config, [["--num_systems", 2], ["--num_systems", 2, *more]])
     refused(first, message)
     assert (second.status, second.err) == (1, "")
-
-
-def cloned(folder: Path) -> Path:
-    """The program, in a folder of its own."""
-    for pattern in ("*.py", "engines/*.py", "data/*.py"):
-        for path in ROOT.glob(pattern):
-            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / path.relative_to(ROOT))
-    return folder
 
 
 def test_a_dataset_that_one_system_lacks(config, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, records
+from conftest import ROOT, cloned, records
 from test_train import batches_of, close, engine_config, peak_memory, quiet, refused, start, train
 from test_train import weights as saved_weights
 
@@ -355,11 +354,7 @@ MODEL = (
 
 def test_a_changed_model_trains_in_every_engine(config, tmp_path):
     """model.py alone changes, as the README shows; no engine is touched."""
-    clone = tmp_path / "clone"
-    for pattern in ("*.py", "engines/*.py", "data/*.py"):
-        for path in ROOT.glob(pattern):
-            (clone / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, clone / path.relative_to(ROOT))
+    clone = cloned(tmp_path / "clone")
     model, readme = (clone / "model.py").read_text(), (ROOT / "README.md").read_text()
 
     def trained(engine: str, name: str, stops: tuple[int, ...]) -> list[dict]:
