@@ -5,7 +5,10 @@ BIN := .venv/bin
 DEMO := configs/demo.yaml --out_dir $(OUT)
 LAST := $(OUT)/checkpoint_$(shell sed -n 's/^num_steps: //p' configs/demo.yaml).mdl
 
-.PHONY: install demo test lint loc bench clean
+# Cerebras's package needs another torch, so its environment is another: outside the clone, by its contents.
+CEREBRAS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/cerebras-$(shell sha256sum requirements-cerebras.txt | cut -c1-12)
+
+.PHONY: install demo test test-cerebras lint loc bench clean
 
 install: .venv/installed
 
@@ -26,6 +29,15 @@ demo: install data/shakespeare_char/meta.json
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# The engine for Cerebras systems, on its package's CPU backend and up to the request to a cluster.
+test-cerebras: install $(CEREBRAS)/installed
+	$(BIN)/python -m pytest -q -m cerebras --cerebras=$(CEREBRAS)/bin/python tests/test_cerebras.py
+
+$(CEREBRAS)/installed: requirements-cerebras.txt
+	$(PYTHON) -m venv $(CEREBRAS)
+	$(CEREBRAS)/bin/python -m pip install --disable-pip-version-check -r requirements-cerebras.txt
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

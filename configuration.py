@@ -3,13 +3,14 @@
 import difflib
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from cluster import CLUSTER_KEYS, Cluster
 from errors import UserError
 from model import GPTConfig
 
@@ -51,6 +52,7 @@ class Configuration(GPTConfig):
         shards: systems that share a copy of the weights; null: all, or as few as memory allows
         reshard: share them again after each use; false: once a step
         offload: keep the shards in host memory
+        cluster: of Cerebras systems; --cluster.mgmt_address HOST:PORT and so on
         checkpoint_path: a checkpoint to start from, or latest: the newest in out_dir, if any
         init_from: folder or hub name of Hugging Face GPT-2 weights to start from
     """
@@ -87,6 +89,7 @@ class Configuration(GPTConfig):
     shards: int | None = None
     reshard: bool | Literal["auto"] = "auto"
     offload: bool | Literal["auto"] = "auto"
+    cluster: Cluster = field(default_factory=Cluster)
     checkpoint_path: str | None = None
     init_from: str | None = None
 
@@ -146,12 +149,13 @@ def parse_configuration(description: str, **more: type) -> tuple[Configuration, 
     if not arguments or arguments[0].startswith("-"):
         raise UserError("the first argument is a configuration, such as configs/demo.yaml")
     path, overrides = arguments[0], arguments[1:]
-    _check_keys([key for key in read_yaml(path)], f"{path}: ")
+    _check_keys([*read_yaml(path)], f"{path}: ")
     _check_keys([a[2:].split("=")[0] for a in overrides if a.startswith("--")], "--", *more)
     try:
         values = vars(parser.parse_args(["--config", path, *overrides]))
         given = {name: values.pop(name) for name in more}
         del values["config"]
+        values["cluster"] = Cluster(**(values["cluster"] or {}))
         return Configuration(**values), given
     except (ArgumentError, ValueError) as error:
         message = str(error).replace("Parser key ", "").replace('"', "")
@@ -165,8 +169,8 @@ def read_yaml(path: str | Path) -> dict:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a configuration: it holds no `key: value` lines")
+    if not isinstance(content, dict) or not isinstance(content.get("cluster") or {}, dict):
+        raise UserError(f"{path} is not a configuration: something in it has no `key: value` lines")
     return content
 
 
@@ -176,9 +180,10 @@ def write_configuration(config: Configuration, path: Path) -> None:
 
 
 def _check_keys(keys: list[str], prefix: str, *more: str) -> None:
-    known = [*(field.name for field in fields(Configuration)), *more]
+    known = [*(field.name for field in fields(Configuration)), *CLUSTER_KEYS, *more]
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = [name for name in known if name.endswith(f".{key}")]
+            near = near or difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
             raise UserError(f"{prefix}{key} is not a known key; {hint}")

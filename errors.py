@@ -64,7 +64,7 @@ class StopSignals:
             self.stop, self.asked = True, time.monotonic()
             name = signal.Signals(number).name
             with suppress(OSError):  # print could meet itself here, or a pipe whose reader is gone
-                text = f"{name}: finishing this step and saving; again to quit\n"
+                text = f"{name}: going on to the next step that can be saved; again to quit\n"
                 os.write(sys.stderr.fileno(), text.encode())
             if self.systems == 1:
                 self.__exit__()

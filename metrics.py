@@ -88,8 +88,9 @@ class Metrics:
         self.done = stats.step
         say(
             f"step {stats.step}/{self.stop} | loss {stats.loss:.4f} | lr {stats.learning_rate:.3e} "
-            f"| norm {stats.grad_norm:.3f} | {rate:,.0f} tokens/s | MFU {mfu:.1%} "
-            f"| {memory_used() / 1e9:.2f} GB | {self._left(0)} left"
+            f"| norm {stats.grad_norm:.3f} | {rate:,.0f} tokens/s | "
+            + ("" if math.isnan(mfu) else f"MFU {mfu:.1%} | ")
+            + f"{memory_used() / 1e9:.2f} GB | {self._left(0)} left"
             + ("" if stats.finite else " | not finite: this step changed nothing")
         )
         self.bar.set_postfix_str("", refresh=False)

@@ -241,9 +241,3 @@ class ChunkedLoss(torch.autograd.Function):
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed that depends on every part."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-def count_parameters(config: GPTConfig) -> int:
-    """Exact, for models of any size: the model is built without memory."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())

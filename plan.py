@@ -6,11 +6,14 @@ docs/streaming.md and docs/scale-out.md; bench/streaming.py holds it against wha
 """
 
 import json
+import math
+import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import metadata
 from math import ceil, log2, prod
 
 import torch
@@ -40,10 +43,12 @@ LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 29, ("
 # `reshard`, which makes it come and go more often (docs/log.md)
 HOLES = {True: 2.0, False: 1.2}
 ENGINES = ("resident", "streaming")  # of one system; of several: sharded
+RECOMPUTING = ("streaming", "sharded")
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
 # What another choice would round differently
 CUT = ("micro_batch_size", "pass_size", "recompute", "shards", "reshard")
 TIERS = ("device", "host", "disk")
+RATES = ("products", "bandwidth", "link", "read", "write", "network", "fabric")
 HIDDEN = 0.9  # of what moves runs beside what computes, or the other way round
 
 
@@ -92,6 +97,10 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, here: in
     this machine doesn't have, what is not built yet, and what does not fit.
     """
     config = resolve_device(config, chosen)
+    if config.engine == "cerebras":
+        check_package()
+        if config.backend == "CSX":
+            return on_cluster(config)
     with suppress(OSError):
         remove_abandoned(store_folder(config))  # before the free space is looked at
     machine = this_machine(config, here)
@@ -106,25 +115,41 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, here: in
 
 
 def resolve_device(config: Configuration, chosen: dict) -> Configuration:
-    """Replaces `auto` in backend and precision."""
-    backend = config.backend
+    """Replaces `auto` in backend and precision, and what follows from them."""
+    backend, engine = config.backend, config.engine
+    if backend == "auto" and engine == "cerebras":
+        backend = "CSX"
     if backend == "auto":
         backend = "GPU" if torch.cuda.is_available() else "CPU"
-    if backend == "CSX":
-        raise UserError("backend: CSX is not there yet; take CPU or GPU")
+    if backend == "CSX" and engine == "auto":
+        engine = "cerebras"
+    if (backend, engine) == ("GPU", "cerebras") or (backend == "CSX" and engine != "cerebras"):
+        raise UserError(
+            f"backend: {backend} is not for engine {engine}: take --engine cerebras with "
+            f"--backend CSX, or with CPU to try it"
+        )
     if backend == "GPU" and not torch.cuda.is_available():
         raise UserError("backend: GPU was asked for and there is none; take --backend CPU")
+    config = replace(config, backend=backend, engine=engine)
     check_engine(config)
     precision = config.precision
+    if engine == "cerebras":
+        only = "bf16" if backend == "CSX" else "fp32"
+        if precision not in ("auto", only):
+            raise UserError(f"precision: the cerebras engine computes in {only} on {backend}")
+        precision = only
     if precision == "auto":
         precision = chosen.get("precision") or faster_precision(config, backend)
-    return replace(config, backend=backend, precision=precision)
+    return replace(config, precision=precision)
 
 
 def check_engine(config: Configuration) -> None:
     """Raises UserError for an engine that is not built or not for so many systems."""
-    if config.engine == "cerebras":
-        raise UserError("engine: cerebras is not there yet; take auto")
+    if config.engine == "cerebras" and config.backend == "CPU" and config.num_systems > 1:
+        raise UserError(
+            f"num_systems: {config.num_systems}, but the cerebras engine on a CPU is one; take "
+            f"--backend CSX or --num_systems 1"
+        )
     if config.num_systems % (config.shards or 1):
         raise UserError(f"shards: {config.shards} does not divide num_systems {config.num_systems}")
     if config.num_systems > 1 and config.engine in ENGINES:
@@ -132,6 +157,33 @@ def check_engine(config: Configuration) -> None:
             f"engine: {config.engine} is for one system, num_systems is {config.num_systems}; take "
             f"--engine auto or --num_systems 1"
         )
+
+
+def check_package() -> None:
+    """Raises UserError where Cerebras's package, or the torch that it is built for, is missing."""
+    cure = "python3.11 -m venv cs && cs/bin/pip install -r requirements-cerebras.txt"
+    try:
+        needs = metadata.requires("cerebras-pytorch")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"engine: cerebras needs the package cerebras_pytorch, in an environment of its own: "
+            f"{cure}"
+        ) from None
+    wanted = next(match[1] for need in needs if (match := re.match(r"torch ?\(?==([\d.]+)", need)))
+    if torch.__version__.partition("+")[0] != wanted:
+        raise UserError(
+            f"engine: cerebras needs torch {wanted}, this is {torch.__version__}; make an "
+            f"environment of its own: {cure}"
+        )
+
+
+def on_cluster(config: Configuration) -> Plan:
+    """A run on Cerebras systems, which plan it themselves; what they have is not known here."""
+    nothing = dict.fromkeys(TIERS, 0)
+    machine = Machine(
+        "Cerebras", "CSX", **nothing, program=0, **dict.fromkeys(RATES, math.nan), systems=1
+    )
+    return Plan(config, machine, nothing, 0, 0, math.nan, math.nan, HIDDEN)
 
 
 def faster_precision(config: Configuration, backend: str) -> str:
@@ -199,6 +251,9 @@ def cuts(
     config: Configuration, machine: Machine, micro_batch: int | None, training: bool
 ) -> Iterator[Configuration]:
     """The ways in which an engine could cut the step, each with the largest micro-batch."""
+    if config.engine == "cerebras":  # its CPU backend takes a batch in one piece
+        yield replace(config, micro_batch_size=config.batch_size)
+        return
     fast = max(1, MOST_TOKENS[machine.backend] // config.sequence_length)
     most = min(rows(config), config.pass_size or config.batch_size)
     wanted = min(config.micro_batch_size or micro_batch or fast, most)
@@ -285,8 +340,8 @@ def largest_pass(config: Configuration, machine: Machine, training: bool) -> Con
 
 def make_plan(config: Configuration, machine: Machine, training: bool = True) -> Plan:
     """The plan of a configuration in which all is chosen."""
-    needs = {"resident": resident_bytes, "streaming": streaming_bytes, "sharded": sharded_bytes}
-    tiers = needs[config.engine](config, machine, training)
+    needs = {"streaming": streaming_bytes, "sharded": sharded_bytes}
+    tiers = needs.get(config.engine, resident_bytes)(config, machine, training)
     share, state = rows(config) / config.batch_size, STATE_BYTES * count(config)
     if config.engine == "sharded":
         state /= config.shards
@@ -447,7 +502,9 @@ def activation_bytes(config: Configuration) -> int:
 def head_bytes(config: Configuration, training: bool = True) -> int:
     """The logits of 1,024 positions with what their loss takes, and the gradient of the embedding
     from a chunk, from all chunks, and from the lookup."""
-    rows = min(GPT.loss_rows, config.sequence_length * config.micro_batch_size)
+    rows = config.sequence_length * config.micro_batch_size
+    if config.engine != "cerebras":
+        rows = min(GPT.loss_rows, rows)
     logits = LOGIT_BYTES[config.backend, config.precision] * rows * config.vocab_size
     return logits + (3 * 4 * config.vocab_size * config.width if training else 0)
 
@@ -462,7 +519,7 @@ def step_flops(config: Configuration) -> float:
     tokens = config.batch_size * config.sequence_length
     attention = 2 * config.sequence_length * config.width * config.depth
     blocks = 2 * sizes(config)[2] + attention
-    again = blocks if config.engine != "resident" and config.recompute is True else 0
+    again = blocks if config.engine in RECOMPUTING and config.recompute is True else 0
     return tokens * (3 * (2 * count(config) + attention) + again)
 
 
@@ -597,6 +654,14 @@ def fewest_systems(config: Configuration, machine: Machine, training: bool = Tru
 def describe(plan: Plan) -> str:
     """A plan that fits, in a few lines."""
     config, lines = plan.config, []
+    if config.backend == "CSX":
+        return (
+            f"{count(config):,} parameters, {config.num_systems} Cerebras system"
+            f"{'s' * (config.num_systems > 1)}, {config.precision}, "
+            f"{config.batch_size * config.sequence_length:,} tokens a step; the cluster plans the "
+            f"rest; a checkpoint takes {size_text(12 * count(config))}, and twice that while it is "
+            f"saved"
+        )
     micro_batches = -(-rows(config) // config.micro_batch_size)
     lines.append(
         f"{count(config):,} parameters, {config.engine} on {config.backend}, {config.precision}, "
@@ -680,6 +745,11 @@ def main() -> None:
         machine = named_machine(more["device"], config)
     else:
         config = resolve_device(config, {})
+        if config.backend == "CSX":
+            raise UserError(
+                "backend: CSX is planned by its cluster; python train.py CONFIG "
+                "--cluster.validate_only true lowers a step for it on this machine"
+            )
         here = config.num_systems
         if config.backend == "GPU":
             here = min(here, torch.cuda.device_count())

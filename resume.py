@@ -17,7 +17,7 @@ from systems import World
 FREE = {
     *("out_dir", "checkpoint_path", "init_from", "memory_limit", "keep", "max_restarts", "timeout"),
     *("stream_to", "stream_dir", "recompute", "activations", "pass_size"),
-    *("shards", "reshard", "offload"),
+    *("shards", "reshard", "offload", "cluster"),
 }
 DATA_KEYS = {"dataset", "batch_size", "sequence_length", "seed"}
 

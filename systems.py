@@ -77,18 +77,21 @@ class World:
 def joined(config: Configuration, training: bool = True) -> Iterator[World]:
     """The world of this process; the parent of started ones exits with their status instead."""
     launched = "RANK" in os.environ
-    if config.num_systems > 1 and not launched:
+    # of this program: the systems of a Cerebras cluster have one between them
+    cerebras = config.backend == "CSX" or config.engine == "cerebras"
+    processes = 1 if cerebras else config.num_systems
+    if processes > 1 and not launched:
         from launch import launch
 
         sys.exit(launch(config, training))
     size = int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
     rank = int(os.environ.get("RANK", 0))
-    if size != config.num_systems:
+    if size != processes:
         if rank > 0:  # the first tells it
             sys.exit(1)
         raise UserError(
             f"num_systems: {config.num_systems}, but the launcher started {size} processes "
-            f"(WORLD_SIZE); give both the same number"
+            f"(WORLD_SIZE); have it start {processes}"
         )
     if size == 1 and config.engine != "sharded":
         yield World()

@@ -74,7 +74,7 @@ def train(config: Configuration, world: World) -> None:
                 save_checkpoint(stats.step)
             if last or stats.step % config.eval_steps == 0:
                 evaluate(stats.step)
-            if stopping():
+            if stopping() and stats.can_save:
                 if not saved:
                     save_checkpoint(stats.step)
                 say(f"stopped at step {stats.step}; --checkpoint_path latest goes on from here")

@@ -34,6 +34,7 @@ class StepStats:
     learning_rate: float
     tokens: int
     seconds: float
+    can_save: bool = True  # whether `state` has what the weights were after this step
 
     @property
     def finite(self) -> bool:
@@ -73,22 +74,29 @@ class Engine(Protocol):
 def run_steps(
     config: Configuration, source: object, start: int, stop: int, one_step: Callable
 ) -> Iterator[StepStats]:
-    """What `run` yields, where one_step(step, ids, targets, rate) -> (loss, gradient's norm).
+    """What `run` yields, where one_step(step, ids, targets, rate) -> (loss, gradient's norm)."""
 
-    Raises UserError when MOST_SKIPPED steps in a row were not finite.
-    """
+    def steps() -> Iterator[StepStats]:
+        for step in range(start, stop):
+            began = time.perf_counter()
+            rate = learning_rate(config, step + 1)
+            loss, grad_norm = one_step(step, *source[step], rate)
+            tokens = config.batch_size * config.sequence_length
+            seconds = time.perf_counter() - began
+            yield StepStats(step + 1, loss, grad_norm, rate, tokens, seconds)
+
+    yield from unless_skipped(steps())
+
+
+def unless_skipped(steps: Iterator[StepStats]) -> Iterator[StepStats]:
+    """The steps, until MOST_SKIPPED in a row were not finite: then UserError."""
     skipped = 0
-    for step in range(start, stop):
-        began = time.perf_counter()
-        rate = learning_rate(config, step + 1)
-        loss, grad_norm = one_step(step, *source[step], rate)
-        tokens = config.batch_size * config.sequence_length
-        seconds = time.perf_counter() - began
-        yield (stats := StepStats(step + 1, loss, grad_norm, rate, tokens, seconds))
+    for stats in steps:
+        yield stats
         skipped = 0 if stats.finite else skipped + 1
         if skipped == MOST_SKIPPED:
             raise UserError(
-                f"stopped at step {step + 1}: {skipped} steps in a row had a loss or gradient "
+                f"stopped at step {stats.step}: {skipped} steps in a row had a loss or gradient "
                 f"that is not finite; go on from an earlier checkpoint in another --out_dir, with "
                 f"a lower learning_rate or another seed"
             )
@@ -160,7 +168,9 @@ def open_engine(config: Configuration, training: bool = True) -> Engine:
         from engines.sharded import ShardedEngine
 
         return ShardedEngine(config, training)
-    raise UserError(f"engine {config.engine} is not there yet")
+    from engines.cerebras import CerebrasEngine
+
+    return CerebrasEngine(config, training)
 
 
 def _keep_freed_memory() -> None:

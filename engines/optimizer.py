@@ -20,10 +20,14 @@ def learning_rate(config: Configuration, step: int) -> float:
     warmup_steps, then a cosine to a tenth of it decay_steps later, then constant."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    decay_steps = config.decay_steps or max(1, config.num_steps - config.warmup_steps)
-    done = min(1.0, (step - config.warmup_steps) / decay_steps)
+    done = min(1.0, (step - config.warmup_steps) / decay_steps(config))
     fraction = FINAL_FRACTION + (1 - FINAL_FRACTION) * 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * fraction
+
+
+def decay_steps(config: Configuration) -> int:
+    """Steps of the cosine: what was asked for, or all after the warm-up."""
+    return config.decay_steps or max(1, config.num_steps - config.warmup_steps)
 
 
 def clip_factor(config: Configuration, norm: float) -> float:

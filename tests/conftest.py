@@ -25,6 +25,7 @@ torch.set_num_threads(1)  # small models are faster so, and sums the same everyw
 
 
 def pytest_addoption(parser):
+    parser.addoption("--cerebras", help="the Python of Cerebras's environment")
     parser.addoption("--kills", type=int, default=1, help="of workers, in the test of restarts")
 
 

@@ -1,14 +1,16 @@
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from cluster import Cluster
 from configuration import Configuration, parse_configuration, write_configuration
 from engines.optimizer import learning_rate
 from errors import UserError
 from machine import parse_bytes
-from model import count_parameters
+from plan import count
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = {  # parameters, depth, width, heads, learning rate, sequence length, batch size
@@ -22,6 +24,7 @@ TABLE = {  # parameters, depth, width, heads, learning rate, sequence length, ba
     "70b": (64_861_528_064, 80, 8192, 64, 1.0e-6, 2048, 1472),
     "175b": (174_604_259_328, 96, 12288, 96, 5.0e-6, 2048, 1472),
 }
+DEFAULTS = asdict(Cluster())
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def test_the_table(name, parse):
     config = parse(str(ROOT / f"configs/{name}.yaml"))
     shape = (config.depth, config.width, config.heads)
     run = (config.learning_rate, config.sequence_length, config.batch_size)
-    assert (count_parameters(config), *shape, *run) == TABLE[name]
+    assert (count(config), *shape, *run) == TABLE[name]
     assert config.out_dir == "model_dir"
     assert config.dataset == "data/openwebtext"
 
@@ -155,3 +158,46 @@ def test_sizes(size, count):
 def test_what_is_not_a_size(size):
     with pytest.raises(UserError, match="is not a size such as 20GB"):
         parse_bytes(size, "disk")
+
+
+def test_the_cluster_is_a_section(parse, config):
+    """Of the file, of the command line, and of the file that a run writes."""
+    with open(config.path, "a") as file:
+        file.write("cluster:\n  mgmt_address: host:9000\n  mount_dirs: [/data, /code]\n")
+    got = parse(config.path, "--cluster.job_priority", "p1", "--cluster.validate_only", "true")
+    expected = {"mgmt_address": "host:9000", "mount_dirs": ["/data", "/code"], "job_priority": "p1"}
+    for key, value in asdict(got.cluster).items():
+        assert value == expected.get(key, True if key == "validate_only" else DEFAULTS[key]), key
+    again = Path(config.path).with_name("again.yaml")
+    write_configuration(got, again)
+    assert parse(str(again)) == got
+    assert parse(str(again), "--cluster.mgmt_address", "other:1").cluster.mount_dirs == [
+        "/data",
+        "/code",
+    ]
+
+
+def test_the_cluster_defaults_to_nothing():
+    assert not any(DEFAULTS.values())
+
+
+@pytest.mark.parametrize(
+    ("section", "flags", "message"),
+    [
+        ("", ["--cluster.mgmt", "a:1"], "--cluster.mgmt is not a known key; did you mean cluster"),
+        ("", ["--mount_dirs", "/x"], "--mount_dirs is not a known key; did you mean cluster.mount"),
+        ("", ["--cluster.job_time_sec", "soon"], "cluster.job_time_sec: "),
+        ("cluster: {address: a}", [], "cluster' does not accept option 'address'"),
+        ("cluster: [a]", [], "is not a configuration: something in it has no `key: value` lines"),
+        ("mount_dirs: [a]", [], "mount_dirs is not a known key; did you mean cluster.mount_dirs?"),
+    ],
+)
+def test_a_wrong_cluster(parse, config, section, flags, message):
+    Path(config.path).write_text(f"vocab_size: 27\n{section}\n")
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(config.path, *flags)
+
+
+def test_an_empty_cluster(parse, config):
+    Path(config.path).write_text("vocab_size: 27\ncluster:\n")
+    assert asdict(parse(config.path).cluster) == DEFAULTS

@@ -10,7 +10,8 @@ OURS = {path.stem for path in ROOT.glob("*.py")} | {"engines", "data"}
 MAY_KNOW = {
     "errors": set(),
     "model": set(),
-    "configuration": {"model", "errors"},
+    "cluster": set(),
+    "configuration": {"cluster", "model", "errors"},
     "dataset": {"errors"},
     "checkpoint": {"errors"},
     "systems": {"configuration", "errors", "launch"},
@@ -28,6 +29,7 @@ MAY_KNOW = {
     "engines/store": {"errors"},
     "engines/streaming": {"configuration", "model", "engines", "errors"},
     "engines/sharded": {"configuration", "model", "engines"},
+    "engines/cerebras": {"configuration", "model", "engines", "errors"},
 }
 PLANNERS = {"plan", "train", "eval", "launch"}
 DISTRIBUTED = {"systems", "launch", "sharded"}
@@ -67,6 +69,14 @@ def test_only_these_plan():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("engines/*.py")]:
         if "plan" in imports(path):
             assert path.stem in PLANNERS, path
+
+
+def test_only_one_file_knows_cerebras():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("engines/*.py")]:
+        theirs = {name.split(".")[0] for name in imports(path)} & {"cerebras", "grpc"}
+        assert not theirs or path.name == "cerebras.py", path
+    for path in ROOT.glob("*.py"):  # and its engine is imported when it is opened
+        assert "engines.cerebras" not in path.read_text(), path
 
 
 def test_only_these_know_of_distributed():

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, IGNORE, GPTConfig, count_parameters
+from model import GPT, IGNORE, GPTConfig
+from plan import count
 
 
 def small(**changes) -> GPT:
@@ -28,7 +29,7 @@ def test_parameter_count(bias):
     config = GPTConfig(width=96, depth=5, heads=3, vocab_size=1001, bias=bias)
     matrices = (1001 + 2048) * 96 + 5 * 12 * 96**2
     vectors = 5 * (2 + 2 + 3 + 1 + 4 + 1) * 96 + 2 * 96 if bias else (5 * 2 + 1) * 96
-    assert count_parameters(config) == matrices + vectors
+    assert count(config) == matrices + vectors
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_sigterm_saves_the_step_on_every_system(config):
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     rest = end(process)
-    assert rest.status == 0 and "SIGTERM: finishing this step" in rest.err
+    assert rest.status == 0 and "SIGTERM: going on to the next step" in rest.err
     step = int(re.search(r"stopped at step (\d+);", rest.out)[1])
     assert Checkpoint(config.out / f"checkpoint_{step}.mdl").step == step
 

@@ -376,8 +376,14 @@ def test_changed_data_order_is_said(run, config):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--backend", "CSX"], "backend: CSX is not there yet"),
-        (["--engine", "cerebras"], "engine: cerebras is not there yet"),
+        (["--backend", "CSX"], "engine: cerebras needs the package cerebras_pytorch, in an"),
+        (["--engine", "cerebras"], "venv cs && cs/bin/pip install -r requirements-cerebras.txt"),
+        (["--backend", "CSX", "--num_systems", "5"], "batch_size: 4 is smaller than num_systems 5"),
+        (["--backend", "CSX", "--engine", "resident"], "backend: CSX is not for engine resident"),
+        (["--backend", "GPU", "--engine", "cerebras"], "backend: GPU is not for engine cerebras"),
+        (["--engine", "cerebras", "--precision", "bf16"], "engine computes in fp32 on CPU"),
+        (["--backend", "CSX", "--precision", "fp32"], "engine computes in bf16 on CSX"),
+        (["--engine", "cerebras", "--num_systems", "2"], "but the cerebras engine on a CPU is one"),
         (["--memory_limit", "0.1MB"], "this model does not fit"),
         (["--vocab_size", "20"], "27 token ids, the model's vocab_size is 20"),
         (["--dataset", "data/nowhere"], "run: python data/prepare.py --name nowhere FILES"),
@@ -390,6 +396,22 @@ def test_refusals(run, config, flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     refused(run("train", config.path, *flags), message)
     assert not config.out.exists()
+
+
+def test_the_wrong_torch_for_cerebras(run, config, tmp_path, monkeypatch):
+    """As where its package was installed without what it depends on."""
+    described = tmp_path / "installed" / "cerebras_pytorch-2.10.0.dist-info"
+    described.mkdir(parents=True)
+    content = "Metadata-Version: 2.1\nName: cerebras-pytorch\nVersion: 2.10.0\n"
+    (described / "METADATA").write_text(content + "Requires-Dist: torch (==2.4.0)\n")
+    monkeypatch.syspath_prepend(described.parent)
+    seen = run("train", config.path, "--backend", "CSX")
+    refused(seen, f"engine: cerebras needs torch 2.4.0, this is {torch.__version__}; make an")
+
+
+def test_a_cluster_is_not_planned_here(run, config):
+    seen = run("plan", config.path, "--backend", "CSX")
+    refused(seen, "backend: CSX is planned by its cluster; python train.py CONFIG --cluster.valid")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,50 @@
+"""Where and how a cluster of Cerebras systems runs a job: the section `cluster` of a run."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Cluster:
+    """Fields of `cerebras.pytorch`'s ClusterConfig, backend and flags, by their names there, where
+    null is the package's own default, or the cluster's. The number of systems is num_systems.
+
+    Args:
+        mgmt_address: host:port of the cluster's management; null: as the user node is set up
+        mgmt_namespace: which of the cluster's sessions to use
+        credentials_path: certificate of the management
+        mount_dirs: folders that input workers see, code and data; null: found automatically
+        python_paths: folders that input workers import from; null: found automatically
+        num_workers_per_csx: input workers for each system
+        max_wgt_servers: most servers that hold weights
+        max_act_per_csx: most servers for activations of each system
+        job_labels: key=value labels
+        job_priority: p1, p2 or p3
+        job_time_sec: limit for a job
+        disable_version_check: do not compare the versions of package and cluster
+        compile_dir: folder in which the cluster keeps what it compiled
+        compile_crd_memory_gi: GiB for the job that compiles
+        execute_crd_memory_gi: GiB for the job that runs
+        validate_only: trace and lower a step on this machine, ask no cluster, and end
+        compile_only: compile a step on the cluster, and end
+    """
+
+    mgmt_address: str | None = None
+    mgmt_namespace: str | None = None
+    credentials_path: str | None = None
+    mount_dirs: list[str] | None = None
+    python_paths: list[str] | None = None
+    num_workers_per_csx: int | None = None
+    max_wgt_servers: int | None = None
+    max_act_per_csx: int | None = None
+    job_labels: list[str] | None = None
+    job_priority: str | None = None
+    job_time_sec: int | None = None
+    disable_version_check: bool | None = None
+    compile_dir: str | None = None
+    compile_crd_memory_gi: int | None = None
+    execute_crd_memory_gi: int | None = None
+    validate_only: bool = False
+    compile_only: bool = False
+
+
+CLUSTER_KEYS = tuple(f"cluster.{field.name}" for field in fields(Cluster))

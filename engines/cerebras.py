@@ -1,0 +1,368 @@
+"""Cerebras systems, through the vendor's own package, which nothing else imports.
+
+A step is traced once, lowered and compiled for the wafer; the appliance then pulls batches from its
+input workers by itself and hands losses back later. Its weights can be had in the steps that it was
+told of before, so each segment of the run, up to an evaluation, is one execution with a schedule of
+checkpoints. docs/cerebras.md says how this was tried, and what was not.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import cerebras.pytorch as cstorch
+import grpc
+import numpy as np
+import torch
+from cerebras.appliance.cluster.config import ClusterConfigError, get_cs_cluster_config
+from cerebras.appliance.errors import ApplianceClientException
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configuration import Configuration
+from engines import Batches, Read, StepStats, read_tensor, unless_skipped
+from engines.optimizer import (
+    BETAS,
+    FINAL_FRACTION,
+    MOMENTS,
+    decay_steps,
+    learning_rate,
+    parameter_groups,
+)
+from errors import UserError
+from model import GPT, IGNORE, derive_seed
+
+
+class CerebrasEngine:
+    """The package's CSX backend, or its CPU backend, which runs the same step eagerly in fp32.
+
+    Weights come and go through files in out_dir/cerebras, which the package reads and writes tensor
+    by tensor, so that this machine never holds the model.
+    """
+
+    def __init__(self, config: Configuration, training: bool = True):
+        self.config, self.training, self.updates = config, training, 0
+        self.folder = Path(config.out_dir, "cerebras")
+        self._clear()  # of a run that was killed
+        self.backend = open_backend(config, self.folder)
+        with self.backend.device:
+            self.model = GPT(config)
+        # the compiler cuts the batch to what fits: a loop over chunks would only be unrolled
+        self.model.loss_rows = config.batch_size * config.sequence_length
+        self.compiled = cstorch.compile(self.model, self.backend)
+        if training:
+            self._make_optimizer()
+
+    def _make_optimizer(self) -> None:
+        config = self.config
+        self.optimizer = cstorch.optim.AdamW(
+            parameter_groups(self.model.parameters(), config.weight_decay),
+            lr=config.learning_rate,
+            betas=BETAS,
+            eps=config.adam_epsilon,
+        )
+        schedulers = cstorch.optim.lr_scheduler
+        rate, final = config.learning_rate, FINAL_FRACTION * config.learning_rate
+        warmup = schedulers.LinearLR(self.optimizer, 0.0, rate, max(1, config.warmup_steps))
+        decay = schedulers.CosineDecayLR(self.optimizer, rate, final, decay_steps(config))
+        self.schedule = schedulers.SequentialLR(
+            self.optimizer, [warmup, decay], milestones=[config.warmup_steps]
+        )
+        if self.backend.is_csx:  # bf16 needs no scale, but its scaler skips steps, traced
+            self.scaler = cstorch.amp.GradScaler("dynamic", 1.0, None, 1.0, 1.0)
+
+    def initialize(self, progress: Callable = iter) -> None:
+        if not self.backend.is_e2e_execution:
+            return  # the graph does not depend on the weights
+        with torch.device("meta"):
+            drawn = GPT(self.config)
+        for name, unit in progress(list(drawn.units().items())):
+            unit.to_empty(device="cpu")
+            drawn.init_unit(name, self.config.seed)
+            self._put(name, dict(unit.named_parameters(name)))
+            unit.to("meta")
+        self._take()
+        self._set_updates(0)
+
+    def load(self, read: Read, updates: int | None, progress: Callable = iter) -> None:
+        if not self.backend.is_e2e_execution:
+            return
+        kinds = ["", *(f"{moment}." for moment in MOMENTS)]
+        with_moments = updates is not None and self.training
+        for name, unit in progress(list(self.model.units().items())):
+            for kind in kinds if with_moments else kinds[:1]:
+                tensors = {
+                    kind + key: read_tensor(read, kind + key, parameter.shape)
+                    for key, parameter in unit.named_parameters(name)
+                }
+                self._put(kind + name, tensors)
+        self._take()
+        if self.training:
+            self._set_updates(updates or 0)
+
+    def _put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, self.folder / f"{name}.safetensors")
+
+    def _take(self) -> None:
+        """Has the package load what was put: it reads a tensor when it sends it."""
+        tensors = {}
+        for path in self.folder.glob("*.safetensors"):
+            tensors |= cstorch.load(str(path))  # which it may write into another file
+        names = [name for name, _ in self.model.named_parameters()]
+        self.model.load_state_dict({name: tensors.pop(name) for name in names})
+        if tensors:
+            state = self.optimizer.state_dict()
+            for name, number in self._numbers().items():
+                for moment in MOMENTS:
+                    state["state"][number][moment] = tensors[f"{moment}.{name}"]
+            self.optimizer.load_state_dict(state)
+
+    def _numbers(self) -> dict[str, int]:
+        """The optimizer numbers parameters, in the order of its groups."""
+        ordered = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        return {name: ordered.index(id(p)) for name, p in self.model.named_parameters()}
+
+    def _set_updates(self, updates: int) -> None:
+        """Sets what depends on the number of updates that were made: the powers of beta that
+        correct the next one's bias, and the steps of the schedules, which count from 1 as
+        `learning_rate` does."""
+        self.updates, count = updates, updates + 1
+        state = self.optimizer.state_dict()
+        for values in state["state"].values():
+            for number, beta in enumerate(BETAS, 1):
+                values[f"beta{number}_power"] = torch.tensor(beta_power(beta, count))
+        self.optimizer.load_state_dict(state)
+        state = self.schedule.state_dict()
+        state["last_epoch"] = state["_schedulers"][0]["last_epoch"] = count
+        state["_schedulers"][1]["last_epoch"] = max(0, count - self.config.warmup_steps)
+        self.schedule.load_state_dict(state)
+        if not self.backend.is_csx:  # there it is done in every traced step
+            self.schedule.update_last_value()
+
+    def run(
+        self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
+    ) -> Iterator[StepStats]:
+        yield from unless_skipped(self._run(batches, start, stop))
+
+    def _run(self, batches: Batches, start: int, stop: int) -> Iterator[StepStats]:
+        if not self.backend.is_e2e_execution:
+            yield from self._execute(batches, start, start + 1)
+            return
+        every = self.config.eval_steps
+        while start < stop:
+            end = min(stop, (start // every + 1) * every)
+            yield from self._execute(batches, start, end)
+            start = end
+
+    def _execute(self, batches: Batches, start: int, end: int) -> Iterator[StepStats]:
+        """Steps start to end in one execution of the appliance."""
+        config, arrived, began = self.config, [], time.perf_counter()
+        due = [
+            step
+            for step in range(start + 1, end + 1)
+            if step % config.checkpoint_steps == 0 or step == config.num_steps
+        ]
+
+        @cstorch.step_closure
+        def absorb(loss: Tensor, norm: Tensor, step: int) -> None:
+            rate, seconds = learning_rate(config, self.updates + 1), time.perf_counter() - began
+            tokens = config.batch_size * config.sequence_length
+            stats = StepStats(step, loss.item(), norm.item(), rate, tokens, seconds, step in due)
+            self.updates += stats.finite
+            arrived.append(stats)
+
+        @cstorch.checkpoint_closure
+        def save(step: int) -> None:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            self.saved = self.folder / f"step_{step}.h5"
+            cstorch.save(state, self.saved)
+
+        schedule = cstorch.utils.data.utils.Schedule
+        executor = cstorch.utils.data.DataExecutor(
+            self._loader(batches, range(start, end)),
+            num_steps=end - start,
+            checkpoint_steps=schedule(
+                [schedule.Range(step - start - 1, step - start, 1, False) for step in due]
+            ),
+        )
+        self.model.train()
+        trace = cstorch.trace(self._step)
+        for step, (ids, targets) in enumerate(answering(executor), start):
+            while arrived:
+                yield arrived.pop(0)
+                began = time.perf_counter()  # without what the loop did
+            loss, norm = trace(ids, targets, derive_seed(config.seed, step, 0))
+            absorb(loss, norm, step + 1)
+            save(step + 1)
+        yield from arrived
+
+    def _step(self, ids: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Mean loss and gradient norm of a step; one that is not finite changes nothing."""
+        loss = self.compiled(ids, targets, seed) / targets.numel()
+        if self.backend.is_csx:
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+        else:
+            loss.backward()
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_gradient_norm)
+        if self.backend.is_csx:
+            self.scaler.step(self.optimizer)
+            self.schedule.step()
+            self.scaler.update()
+        elif norm.isfinite():  # eager, where the scaler does not run
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def _loader(self, batches: Batches, steps: range) -> cstorch.utils.data.DataLoader:
+        # the wafer has no 64-bit integers, PyTorch's cross-entropy takes no other
+        dtype = torch.int32 if self.backend.is_csx else torch.int64
+        size = (self.config.batch_size, self.config.num_systems)
+        return cstorch.utils.data.DataLoader(read_batches, batches, steps, *size, dtype)
+
+    def evaluate(self, batches: Batches, progress: Callable = iter) -> tuple[float, int]:
+        if not self.backend.is_e2e_execution:
+            raise UserError("cluster.validate_only and cluster.compile_only are for train.py")
+        source, total = batches(0, 1), 0.0
+
+        @cstorch.step_closure
+        def absorb(loss: Tensor) -> None:
+            nonlocal total
+            total += loss.item()
+
+        @cstorch.trace
+        @torch.no_grad()
+        def losses(ids: Tensor, targets: Tensor) -> Tensor:
+            return self.compiled(ids, targets)
+
+        loader = self._loader(batches, range(len(source)))
+        executor = cstorch.utils.data.DataExecutor(loader, num_steps=len(source))
+        watched = iter(progress(range(len(source))))
+        self.model.eval()
+        # to the end, whatever is watched: leaving an execution shuts the appliance down
+        for ids, targets in answering(executor):
+            absorb(losses(ids, targets))
+            next(watched, None)
+        self.model.train()
+        return total, sum(int((source[i][1] != IGNORE).sum()) for i in range(len(source)))
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        with cstorch.storage.serializers.cache_deferred_tensors(False):
+            saved = cstorch.load(self.saved)
+        numbers, moments = self._numbers(), saved["optimizer"]["state"]
+        for unit, module in self.model.units().items():
+            names = [name for name, _ in module.named_parameters(unit)]
+            yield unit, {name: read_deferred(saved["model"][name]) for name in names}
+            for moment in MOMENTS:
+                yield (
+                    f"{moment}.{unit}",
+                    {f"{moment}.{n}": read_deferred(moments[numbers[n]][moment]) for n in names},
+                )
+        self.saved.unlink()
+
+    def close(self) -> None:
+        self.model = self.compiled = self.optimizer = None
+        self._clear()
+
+    def _clear(self) -> None:
+        for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("step_*.h5*")]:
+            path.unlink()
+
+
+def open_backend(config: Configuration, folder: Path) -> cstorch.backend:
+    """The package's backend, of which a process has one."""
+    if config.backend == "CPU":
+        return cstorch.backend("CPU", artifact_dir=str(folder))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # it starts the compiler that was installed beside this Python by its bare name
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cluster = config.cluster
+    known = {field.name for field in fields(cstorch.distributed.ClusterConfig)}
+    keys = {k: v for k, v in asdict(cluster).items() if k in known and v is not None}
+    try:
+        cluster_config = cstorch.distributed.ClusterConfig(num_csx=config.num_systems, **keys)
+        if cluster.mgmt_address is None and not cluster.validate_only:
+            _ = get_cs_cluster_config()[1].mgmt_address
+    except ClusterConfigError as error:
+        raise UserError(
+            f"cluster.mgmt_address: {error}; name the cluster's management with "
+            f"--cluster.mgmt_address HOST:PORT, or lower the step without one: "
+            f"--cluster.validate_only true"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"cluster: {error}") from None
+    backend = cstorch.backend(
+        "CSX",
+        artifact_dir=str(folder),
+        compile_dir=cluster.compile_dir,
+        compile_only=cluster.compile_only,
+        validate_only=cluster.validate_only,
+        cluster_config=cluster_config,
+    )
+    cstorch.amp.set_half_dtype("bfloat16")
+    csx = cstorch.backends.csx
+    csx.performance.micro_batch_size = config.micro_batch_size or "auto"
+    csx.debug.compile_crd_memory_gi = cluster.compile_crd_memory_gi
+    csx.debug.execute_crd_memory_gi = cluster.execute_crd_memory_gi
+    return backend
+
+
+def answering(executor: cstorch.utils.data.DataExecutor) -> Iterator:
+    """Its batches; raises UserError where the cluster does not answer, or ended the job."""
+    try:
+        yield from executor
+    except grpc.RpcError as error:
+        raise UserError(f"cluster: it does not answer ({error.details()})") from None
+    except (ApplianceClientException, ClusterConfigError) as error:
+        raise UserError(f"cluster: {type(error).__name__}: {error}") from error
+
+
+def read_batches(
+    batches: Batches, steps: range, batch_size: int, systems: int, dtype: torch.dtype
+) -> torch.utils.data.DataLoader:
+    """The batches of `steps`: all of each, or on an input worker of the appliance its part. The
+    workers of a system take steps in turn, and each system a part of the rows. What a batch lacks
+    to batch_size is filled with targets that do not count."""
+    source, distributed = batches(0, 1), cstorch.distributed
+    rows, mine = slice(0, batch_size), steps
+    if distributed.is_streamer():
+        workers = distributed.num_streamers() // systems
+        system, worker = divmod(distributed.get_streaming_rank(), workers)
+        sizes = [
+            distributed.get_streaming_batch_size(batch_size, other * workers)
+            for other in range(system + 1)
+        ]
+        rows = slice(sum(sizes[:-1]), sum(sizes))
+        mine = steps[worker::workers] or steps[-1:]  # the package wants at least one
+
+    def convert(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+        padded = (
+            np.pad(array, ((0, batch_size - len(array)), (0, 0)), constant_values=filler)
+            for array, filler in zip(batch, (0, IGNORE), strict=True)
+        )
+        return tuple(torch.from_numpy(array[rows]).to(dtype) for array in padded)
+
+    return torch.utils.data.DataLoader(source, None, sampler=mine, collate_fn=convert)
+
+
+def beta_power(beta: float, count: int) -> np.float32:
+    """beta to the power of count, multiplied up in fp32 as the package's AdamW does."""
+    power = beta = np.float32(beta)
+    for _ in range(count - 1):
+        power *= beta
+        if power == 0:
+            break
+    return power
+
+
+def read_deferred(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that the package left in its file."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)

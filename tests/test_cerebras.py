@@ -1,0 +1,568 @@
+"""The cerebras engine, in an environment of its own: make test-cerebras.
+
+Its CPU backend against the resident engine of the usual environment, and its CSX backend as far as
+it goes without a cluster: to the graph that it would send to be compiled.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, VOCABULARY, records
+from safetensors.torch import load_file
+
+from checkpoint import Checkpoint
+from cluster import Cluster
+from dataset import EvalBatches, TrainBatches
+from model import GPT, GPTConfig
+
+pytestmark = pytest.mark.cerebras
+FIGURES = ("loss", "grad_norm", "learning_rate", "val_loss")
+NOWHERE = ["--cluster.mgmt_address", "localhost:9"]  # port 9 discards, where anything listens
+
+
+@pytest.fixture(scope="module")
+def python(request) -> str:
+    path = request.config.getoption("--cerebras")
+    if path is None:
+        pytest.skip("needs --cerebras PYTHON: make test-cerebras")
+    return path
+
+
+@pytest.fixture(scope="module")
+def there(python):
+    """there("train.py", ...) runs it in Cerebras's environment."""
+
+    def there(script: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+        return typed(python, script, *arguments, **options)
+
+    return there
+
+
+def here(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Runs it in the usual environment."""
+    return typed(sys.executable, script, *arguments)
+
+
+def typed(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    command = [str(word) for word in words]
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+
+
+def worked(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(done: subprocess.CompletedProcess, message: str) -> None:
+    """In one line; the package's own log lines may come before it."""
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def small(dataset, tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("cerebras")
+    values = {
+        **{"width": 32, "depth": 2, "heads": 2, "vocab_size": VOCABULARY},
+        **{"max_position_embeddings": 32, "sequence_length": 32, "batch_size": 4},
+        **{"num_steps": 20, "checkpoint_steps": 5, "eval_steps": 10, "warmup_steps": 5},
+        **{"learning_rate": 1e-3, "max_gradient_norm": 0.5, "dataset": str(dataset)},
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return SimpleNamespace(path=path, values=values, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def trained(small, there) -> Path:
+    """Twenty steps of the engine on the package's CPU backend."""
+    out = small.folder / "trained"
+    train = ["train.py", small.path, "--engine", "cerebras", "--backend", "CPU"]
+    assert "cerebras on CPU, fp32" in worked(there(*train, "--out_dir", out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def oracle(small) -> Path:
+    """The same steps of the resident engine."""
+    out = small.folder / "oracle"
+    worked(here("train.py", small.path, "--engine", "resident", "--out_dir", out))
+    return out
+
+
+def figures(out: Path) -> dict:
+    return {
+        (record["step"], key): record[key]
+        for record in records(out, "step")
+        for key in FIGURES
+        if key in record
+    }
+
+
+def equal(got: Path, expected: Path, tolerance: float = 1e-4, after: int = 0) -> None:
+    """Every loss, norm, rate and evaluation after a step."""
+    got, expected = ({k: v for k, v in figures(o).items() if k[0] > after} for o in (got, expected))
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, rel=tolerance), key
+
+
+def test_equals_resident(trained, oracle):
+    """20 steps, each clipped."""
+    assert len(records(trained)) == 20
+    assert all(record["grad_norm"] > 0.5 for record in records(oracle))
+    equal(trained, oracle)
+
+
+def test_only_epsilon_differs_from_resident(small, there):
+    """At ten times the rate norms differ by more than 1e-4, as the package's AdamW adds epsilon to
+    the root of a moment that is not corrected for its bias; without epsilon they do not."""
+    flags = ["--adam_epsilon", 1e-16, "--learning_rate", 1e-2, "--checkpoint_steps", 20]
+    outs = [small.folder / "epsilon", small.folder / "epsilon_resident"]
+    cerebras = ["--engine", "cerebras", "--backend", "CPU"]
+    worked(there("train.py", small.path, *flags, *cerebras, "--out_dir", outs[0]))
+    worked(here("train.py", small.path, *flags, "--out_dir", outs[1]))
+    equal(*outs, tolerance=1e-5)
+
+
+def test_dropout_draws_the_same_masks(small, there):
+    """In one environment: another torch draws others."""
+    outs = [small.folder / engine for engine in ("cerebras", "resident")]
+    for out in outs:
+        flags = ["--engine", out.name, "--backend", "CPU", "--out_dir", out]
+        worked(there("train.py", small.path, *flags, "--dropout", 0.2, "--num_steps", 6))
+    equal(*outs)
+
+
+def resume(train, source: Path, step: int, out: Path, *flags: object) -> Path:
+    """Goes on in `out` from a copy of a checkpoint and the records of a run up to it."""
+    out.mkdir()
+    shutil.copytree(source / f"checkpoint_{step}.mdl", out / f"checkpoint_{step}.mdl")
+    shutil.copyfile(source / "metrics.jsonl", out / "metrics.jsonl")
+    again = ["--out_dir", out, "--checkpoint_path", "latest"]
+    assert f"at step {step}" in worked(train("train.py", *flags, *again))
+    return out
+
+
+def test_resume_is_exact(small, there, trained):
+    """Bit for bit, from a checkpoint within an execution and from one at its end."""
+    for step in (5, 10):
+        flags = [small.path, "--engine", "cerebras", "--backend", "CPU"]
+        out = resume(there, trained, step, small.folder / f"from_{step}", *flags)
+        assert figures(out) == figures(trained)
+        for path in sorted((trained / "checkpoint_20.mdl").glob("*.safetensors")):
+            assert path.read_bytes() == (out / "checkpoint_20.mdl" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "engine", [["resident"], ["streaming", "--stream_to", "disk"], ["sharded", "--num_systems", 2]]
+)
+def test_checkpoints_go_on_in_other_engines(small, trained, engine):
+    flags = [small.path, "--backend", "CPU", "--engine", *engine]
+    equal(resume(here, trained, 10, small.folder / f"in_{engine[0]}", *flags), trained)
+
+
+def test_checkpoints_of_other_engines_go_on(small, there, trained, oracle):
+    flags = [small.path, "--engine", "cerebras", "--backend", "CPU"]
+    equal(resume(there, oracle, 10, small.folder / "back", *flags), trained)
+
+
+def test_checkpoints_are_those_of_every_engine(trained, oracle):
+    """Same files, tensors and shapes, and nothing of the package's own format stays."""
+    a, b = (Checkpoint(out / "checkpoint_20.mdl") for out in (trained, oracle))
+    assert a.tensors == b.tensors
+    assert a.files.keys() == b.files.keys()
+    assert (a.step, a.updates, a.train_tokens) == (b.step, b.updates, b.train_tokens)
+    left = [p.suffix for p in trained.glob("cerebras/**/*") if p.is_file()]
+    assert set(left) <= {".json"}
+
+
+def test_evaluated_sampled_and_exported(small, there, trained, tmp_path):
+    checkpoint = ["--checkpoint_path", trained / "checkpoint_20.mdl"]
+    results = [
+        json.loads(worked(run("eval.py", small.path, *checkpoint, "--json", *engine)))
+        for run, engine in (
+            (there, ["--engine", "cerebras", "--backend", "CPU"]),
+            (there, ["--engine", "resident"]),
+            (here, []),
+        )
+    ]
+    for result in results[:-1]:
+        assert result == pytest.approx(results[-1], rel=1e-5)
+    prompt = ["--prompt", "a", "--max_new_tokens", 8, "--temperature", 0]
+    texts = [worked(run("sample.py", *checkpoint, *prompt)) for run in (there, here)]
+    assert texts[0] == texts[1]
+    weights = []
+    for name, run in (("there", there), ("here", here)):
+        worked(run("export.py", *checkpoint, "--out", tmp_path / name))
+        files = sorted((tmp_path / name).glob("*.safetensors"))
+        weights.append({key: t for file in files for key, t in load_file(file).items()})
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    start = ["--init_from", tmp_path / "here", "--num_steps", 1, "--out_dir", tmp_path / "tuned"]
+    worked(there("train.py", small.path, *start, "--engine", "cerebras", "--backend", "CPU"))
+
+
+def test_steps_that_are_not_finite_change_nothing(small, there, tmp_path):
+    flags = ["--engine", "cerebras", "--backend", "CPU", "--init_std", 1e30, "--out_dir", tmp_path]
+    done = there("train.py", small.path, *flags)
+    refused(done, "stopped at step 10: 10 steps in a row had a loss or gradient that is not finite")
+    assert "not finite: this step changed nothing" in done.stdout
+    saved = Checkpoint(tmp_path / "checkpoint_5.mdl")
+    assert (saved.step, saved.updates) == (5, 0)
+    model = drawn({**small.values, "init_std": 1e30})
+    assert all(torch.equal(saved.read(name), p) for name, p in model.named_parameters())
+
+
+def drawn(values: dict) -> GPT:
+    """The first weights."""
+    shape = {field.name for field in fields(GPTConfig)}
+    model = GPT(GPTConfig(**{key: value for key, value in values.items() if key in shape}))
+    for unit in model.units():
+        model.init_unit(unit, 0)
+    return model
+
+
+def test_a_signal_stops_at_the_next_checkpoint(small, python, tmp_path):
+    """The weights cannot be had in between."""
+    command = [python, "train.py", small.path, "--engine", "cerebras", "--backend", "CPU"]
+    command += ["--num_steps", 10000, "--eval_steps", 10000, "--checkpoint_steps", 100]
+    command += ["--out_dir", tmp_path]
+    run = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    for line in run.stdout:
+        if line.startswith("step 3/"):
+            run.send_signal(signal.SIGTERM)
+            break
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert "SIGTERM: going on to the next step that can be saved" in err
+    stopped = int(re.search(r"stopped at step (\d+)", out)[1])
+    assert stopped % 100 == 0
+    assert f"saved {tmp_path}/checkpoint_{stopped}.mdl" in out
+
+
+# What is lowered for the wafer
+
+
+class Graph:
+    """A lowered step: CIRH, an operation a line."""
+
+    def __init__(self, path: Path):
+        text = path.read_text()
+        header, *lines = text[text.index("func @graph") :].splitlines()
+        scopes = dict(re.findall(r'^#(loc\d+) = loc\("([^"]*)"', text, re.MULTILINE))
+        self.arguments, self.operations, self.producer = {}, [], {}
+        for name, attributes in re.findall(r"%(arg\d+): tensor<[^>]*> \{([^}]*)\}", header):
+            keys = dict(re.findall(r'(tf\.\w+) = "?([^",}]*?)(?: : i64)?"?(?=,|$)', attributes))
+            self.arguments[name] = keys
+        self.types = dict(re.findall(r"%(arg\d+): tensor<([^>]*)>", header))
+        for line in lines:
+            line = line.strip()
+            if line.startswith("return"):
+                self.returned = re.findall(r"%(\w+)", line.partition(" : ")[0])
+                break
+            results, _, rest = line.partition(" = ")
+            kind, _, rest = rest.partition(" ")
+            operation = SimpleNamespace(
+                kind=kind,
+                operands=re.findall(r"%(\w+)", rest),
+                types=re.findall(r"tensor<(?:[0-9x]+x)?(\w+)>", rest.rpartition("->")[2] or rest),
+                scope=scopes.get(rest.rpartition("loc(#")[2].rstrip(")"), ""),
+            )
+            self.operations.append(operation)
+            for result in re.findall(r"%(\w+)", results):
+                self.producer[result] = operation
+
+    def of(self, *kinds: str) -> list[SimpleNamespace]:
+        return [o for o in self.operations if o.kind.removeprefix("cirh.") in kinds]
+
+    def argument(self, name: str) -> str:
+        """The one that holds a tensor of the state."""
+        full = f"state.{name}"
+        (found,) = (a for a, keys in self.arguments.items() if keys.get("tf.resource_name") == full)
+        return found
+
+    def updated(self, argument: str) -> str:
+        """The value that an argument has after the step."""
+        return self.returned[int(self.arguments[argument]["tf.aliasing_output"])]
+
+    def needs(self, value: str) -> tuple[set[int], set[str]]:
+        """The operations, by id, and the arguments that a value is computed from."""
+        operations, arguments, open_values = set(), set(), [value]
+        while open_values:
+            value = open_values.pop()
+            operation = self.producer.get(value)
+            if operation is None:
+                arguments.add(value)
+            elif id(operation) not in operations:
+                operations.add(id(operation))
+                open_values += operation.operands
+        return operations, arguments
+
+
+def lower(there, config: object, out: Path, *flags: object) -> Graph:
+    csx = ["--backend", "CSX", "--cluster.validate_only", "true", "--out_dir", out]
+    worked(there("train.py", config, *csx, *flags))
+    return Graph(out / "cerebras/executors/000001/cirh.mlir")
+
+
+def check_graph(graph: Graph, shape: GPTConfig) -> None:
+    with torch.device("meta"):
+        model = GPT(shape)
+    parameters = [name for name, _ in model.named_parameters()]
+    arguments = {name: graph.argument(f"model.{name}") for name in parameters}
+
+    # No operation is left to the host
+    assert all(operation.kind.startswith("cirh.") for operation in graph.operations)
+
+    # One softmax and two norms a block, with their gradients
+    for i in range(shape.depth):
+        assert [o.scope for o in graph.of("Softmax") if f"decoder.{i}." in o.scope] == [
+            f"decoder.{i}.attn.fwd/aten::_softmax"
+        ]
+    norms = [name for name in parameters if re.search(r"(ln_\d|norm)\.weight$", name)]
+    assert len(norms) == 2 * shape.depth + 1
+    for name in norms:
+        for kind in ("LayerNorm", "LayerNormGrad"):
+            assert len([o for o in graph.of(kind) if arguments[name] in o.operands]) == 1
+    assert len(graph.of("Softmax")) == shape.depth
+    assert len(graph.of("LayerNorm", "LayerNormGrad")) == 2 * len(norms)
+
+    # Products and softmax in bf16; weights, norms and losses in fp32
+    for operation in graph.of("MatMul", "DotGeneral", "Softmax", "Gelu", "GeluGrad"):
+        assert set(operation.types) == {"bf16"}, operation
+    for operation in graph.of("LayerNorm", "LayerNormGrad", "L2Norm"):
+        assert set(operation.types) == {"f32"}, operation
+    (loss,) = graph.of("SparseSoftmaxCrossEntropyWithLogits")
+    assert set(loss.types) == {"f32"}
+    assert all(re.fullmatch(r"([0-9x]+x)?f32", graph.types[a]) for a in arguments.values())
+
+    # Every parameter is updated, from its two moments, by a gradient that was clipped with the norm
+    # of all, at a rate of the schedule; or it stays what it was, where the norm is not finite
+    squares = {id(o) for o in graph.of("L2Norm")}
+    assert len(squares) == len(parameters) + 1
+    clamps = {id(o) for o in graph.of("Clamp")}
+    last_epoch = graph.argument("schedulers.0.last_epoch")
+    moments = {
+        a: keys["tf.resource_name"]
+        for a, keys in graph.arguments.items()
+        if ".exp_avg" in keys.get("tf.resource_name", "")
+    }
+    assert len(moments) == 2 * len(parameters)
+    used = []
+    for name, argument in arguments.items():
+        operations, needed = graph.needs(graph.updated(argument))
+        choice = graph.producer[graph.updated(argument)]
+        assert choice.kind == "cirh.Select" and choice.operands[2] == argument, name
+        assert squares <= operations and id(loss) in operations and last_epoch in needed, name
+        assert clamps & operations, name
+        mine = sorted(moments[a] for a in needed if a in moments)
+        assert len(mine) == 2 and mine[0] + "_sq" == mine[1], name
+        used += mine
+        for moment in mine:
+            choice = graph.producer[graph.updated(graph.argument(moment.removeprefix("state.")))]
+            assert choice.kind == "cirh.Select", moment
+    assert sorted(used) == sorted(moments.values())
+
+
+@pytest.mark.parametrize("name", ["111m", "13b", "70b", "175b"])
+def test_a_step_lowers(name, there, dataset, tmp_path):
+    """111m as it is, of the others the shape of two layers; their batches and sequences."""
+    path = ROOT / f"configs/{name}.yaml"
+    depth = {} if name == "111m" else {"depth": 2}
+    flags = ["--dataset", text_of(dataset, tmp_path)]
+    flags += [word for key, value in depth.items() for word in (f"--{key}", value)]
+    shape = {**yaml.safe_load(path.read_text()), **depth}
+    known = {field.name for field in fields(GPTConfig)}
+    graph = lower(there, path, tmp_path / "out", *flags)
+    check_graph(graph, GPTConfig(**{k: v for k, v in shape.items() if k in known}))
+    inputs = [t for a, t in graph.types.items() if t.endswith("i32") and a not in graph.arguments]
+    rows = f"{shape['batch_size']}x{shape['sequence_length']}xi32"
+    assert inputs.count(rows) == 2 or rows in str(graph.types.values())
+
+
+def text_of(dataset: Path, folder: Path) -> Path:
+    """The words of the dataset, long enough for a sequence of 2,048."""
+    copy = shutil.copytree(dataset, folder / "data")
+    meta = json.loads((copy / "meta.json").read_text())
+    ids = np.fromfile(copy / "train.bin", np.uint16)
+    np.resize(ids, 20000).tofile(copy / "train.bin")
+    meta["tokens"]["train"] = 20000
+    (copy / "meta.json").write_text(json.dumps(meta))
+    return copy
+
+
+def test_the_largest_model_lowers_at_its_depth(there, dataset, tmp_path):
+    """And this machine holds none of it."""
+    flags = ["--dataset", text_of(dataset, tmp_path), "--num_systems", 16]
+    graph = lower(there, ROOT / "configs/175b.yaml", tmp_path / "out", *flags)
+    assert len(graph.of("Softmax")) == 96
+    assert len(graph.of("LayerNorm")) == len(graph.of("LayerNormGrad")) == 193
+
+
+def test_dropout_lowers(small, there, tmp_path):
+    graph = lower(there, small.path, tmp_path / "out", "--dropout", 0.1)
+    assert len(graph.of("RandomUniform")) == 1 + 3 * 2  # embedding; attention and both branches
+
+
+def test_no_operation_falls_back(small, there, tmp_path):
+    flags = ["--backend", "CSX", "--cluster.validate_only", "true", "--out_dir", tmp_path]
+    told = json.loads(worked(there("tests/cerebras/step.py", small.path, *flags)).splitlines()[-1])
+    assert told["status"] == 0
+    assert "lazy::_softmax" in told["counters"]
+    assert all(name.startswith("lazy::") for name in told["counters"])
+
+
+def test_weights_do_not_change_the_graph(small, there, tmp_path):
+    """A run that would be executed gets as far as its first request to a cluster, with the graph
+    that validating gives, from drawn weights and from a checkpoint."""
+    lower(there, small.path, tmp_path / "valid")
+    done = there(
+        "train.py", small.path, "--backend", "CSX", *NOWHERE, "--out_dir", tmp_path / "out"
+    )
+    refused(done, "cluster: it does not answer (failed to connect to all addresses")
+    graphs = [
+        re.sub(r"loc\([^\n]*", "", path.read_text())
+        for out in ("valid", "out")
+        for path in tmp_path.glob(f"{out}/cerebras/executors/000001/cirh.mlir")
+    ]
+    assert len(graphs) == 2 and graphs[0] == graphs[1]
+    assert not list(tmp_path.glob("out/cerebras/*.safetensors"))
+
+
+def test_what_an_appliance_would_be_sent(small, there, trained, tmp_path):
+    """Read back from a file that the package's CSX backend saved: the drawn weights, or those of a
+    checkpoint, and the counts that go with them."""
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "loaded").mkdir()
+    csx = [small.path, "--backend", "CSX", *NOWHERE]
+    out = worked(
+        there("tests/cerebras/weights.py", tmp_path / "drawn", *csx, "--out_dir", tmp_path / "a")
+    )
+    powers = np.float32([0.9, 0.95]).tolist()
+    assert json.loads(out.splitlines()[-1]) == {"powers": [powers], "steps": [1, 1, 0]}
+    sent = read_folder(tmp_path / "drawn/first")
+    for name, parameter in drawn(small.values).named_parameters():
+        assert torch.equal(sent[name], parameter)
+        assert not sent[f"exp_avg.{name}"].any() and not sent[f"exp_avg_sq.{name}"].any()
+
+    checkpoint = ["--checkpoint_path", trained / "checkpoint_10.mdl", "--out_dir", tmp_path / "b"]
+    out = worked(there("tests/cerebras/weights.py", tmp_path / "loaded", *csx, *checkpoint))
+    counts = json.loads(out.splitlines()[-1])
+    assert counts["steps"] == [11, 11, 6]  # of which 5 to warm up
+    assert counts["powers"][0] == pytest.approx([0.9**11, 0.95**11], rel=1e-6)
+    sent, saved = read_folder(tmp_path / "loaded/first"), Checkpoint(trained / "checkpoint_10.mdl")
+    assert sent.keys() == saved.tensors.keys()
+    assert all(torch.equal(tensor, saved.read(name)) for name, tensor in sent.items())
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    ("systems", "workers", "sizes"),
+    [
+        (1, 1, [[4]]),
+        (1, 4, [[2, 2]]),
+        (2, 1, [[3], [1]]),
+        (2, 2, [[2], [1, 1]]),
+        (3, 2, [[2], [1], [1]]),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_input_workers_stream_the_batches(small, there, systems, workers, sizes, split):
+    """Through the package's own pipeline: every row of every step once, in its system's order."""
+    words = [json.dumps(word) for word in (systems, workers, sizes, split)]
+    streamed = json.loads(
+        worked(there("tests/cerebras/workers.py", *words, small.path)).splitlines()[-1]
+    )
+    values = small.values
+    data = (values["dataset"], VOCABULARY, values["sequence_length"], values["batch_size"])
+    if split == "val":
+        source = EvalBatches(*data)
+        steps = range(len(source))
+    else:
+        source, steps = TrainBatches(*data, 0), range(3, 9)
+    for place, step in enumerate(steps):
+        rows = [[], []]
+        for system, parts in enumerate(sizes):
+            worker = system * workers + place % workers
+            for part, size in enumerate(parts):
+                block = streamed[worker][place // workers * len(parts) + part]
+                for kind in range(2):
+                    rows[kind] += block[kind][:size]  # a block is filled up to the largest
+        for got, expected in zip(rows, source[step], strict=True):
+            assert got[: len(expected)] == expected.tolist()
+            assert len(got) == values["batch_size"]
+            assert all(set(row) in ({0}, {-100}) for row in got[len(expected) :])
+
+
+def test_every_call_fits_the_installed_package(there):
+    out = worked(there("tests/cerebras/signatures.py"))
+    for call in ("cstorch.backend", "cstorch.compile", "cstorch.trace", "cstorch.optim.AdamW"):
+        assert f"{call}: fits" in out
+
+
+def test_the_clusters_keys_are_the_packages(there):
+    code = (
+        "import json; from dataclasses import fields; import cerebras.pytorch as c; "
+        "print(json.dumps([f.name for f in fields(c.distributed.ClusterConfig)]))"
+    )
+    keys = set(json.loads(worked(there("-c", code)).splitlines()[-1]))
+    ours = {field.name for field in fields(Cluster)}
+    backend = {"compile_dir", "validate_only", "compile_only"}
+    flags = {"compile_crd_memory_gi", "execute_crd_memory_gi"}
+    assert ours - keys == backend | flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "cluster.mgmt_address: config error: mgmt_address has no default value; name"),
+        (["--cluster.mgmt_address", "nowhere"], "should be in the form of '<name>:<port>'"),
+        (["--cluster.mount_dirs", "[/nowhere]", *NOWHERE], "/nowhere does not exist"),
+        (["--cluster.job_priority", "p9", *NOWHERE], "Invalid job priority value: p9"),
+        (["--num_systems", 5], "batch_size: 4 is smaller than num_systems 5"),
+    ],
+)
+def test_refusals(small, there, flags, message, tmp_path):
+    refused(
+        there("train.py", small.path, "--backend", "CSX", *flags, "--out_dir", tmp_path), message
+    )
+
+
+def test_nothing_is_evaluated_without_a_cluster(small, there, trained):
+    flags = ["--backend", "CSX", "--cluster.validate_only", "true"]
+    checkpoint = ["--checkpoint_path", trained / "checkpoint_20.mdl"]
+    done = there("eval.py", small.path, *flags, *checkpoint)
+    refused(done, "cluster.validate_only and cluster.compile_only are for train.py")
+
+
+def test_the_schedule_without_warmup(small, there, tmp_path):
+    flags = [small.path, "--backend", "CPU", "--warmup_steps", 0, "--num_steps", 4, "--out_dir"]
+    worked(there("train.py", *flags, tmp_path / "a", "--engine", "cerebras"))
+    worked(here("train.py", *flags, tmp_path / "b"))
+    equal(tmp_path / "a", tmp_path / "b")
