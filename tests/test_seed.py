@@ -128,6 +128,16 @@ def test_models_beyond_this_machine(clone, size):
 
 
 def test_commands_that_this_machine_refuses(clone):
+    readme = (clone / "README.md").read_text()
+    for line in (
+        "cs/bin/python train.py configs/70b.yaml --backend CSX --num_systems 16",
+        "cs/bin/python train.py configs/175b.yaml --dataset data/shakespeare --backend CSX "
+        "--cluster.validate_only true",
+    ):  # in Cerebras's environment it is typed by test_cerebras.py
+        assert f"\n{line}\n" in readme
+        words = shlex.split(line)[1:]
+        done = subprocess.run([sys.executable, *words], cwd=clone, text=True, capture_output=True)
+        refused(done, "engine: cerebras needs the package cerebras_pytorch")
     line = "python train.py configs/70b.yaml --num_systems 16"
     refused(type_in(clone, line, "--out_dir", "fresh"), "this model does not fit: with the sharded")
     line = "python eval.py configs/70b.yaml --checkpoint_path /path/to/checkpoint.mdl"
