@@ -12,8 +12,8 @@ class Cluster:
         mgmt_address: host:port of the cluster's management; null: as the user node is set up
         mgmt_namespace: which of the cluster's sessions to use
         credentials_path: certificate of the management
-        mount_dirs: folders that input workers see, code and data; null: found automatically
-        python_paths: folders that input workers import from; null: found automatically
+        mount_dirs: folders that input workers see, with code and data; null: all the cluster has
+        python_paths: folders that input workers import from, beside this program's
         num_workers_per_csx: input workers for each system
         max_wgt_servers: most servers that hold weights
         max_act_per_csx: most servers for activations of each system
@@ -45,6 +45,13 @@ class Cluster:
     execute_crd_memory_gi: int | None = None
     validate_only: bool = False
     compile_only: bool = False
+
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"cluster.{key}: {value} is not a positive number")
+        if self.validate_only and self.compile_only:
+            raise ValueError("cluster.validate_only and cluster.compile_only: take one of them")
 
 
 CLUSTER_KEYS = tuple(f"cluster.{field.name}" for field in fields(Cluster))

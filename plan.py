@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from math import ceil, log2, prod
+from pathlib import Path
 
 import torch
 
@@ -133,10 +134,17 @@ def resolve_device(config: Configuration, chosen: dict) -> Configuration:
     config = replace(config, backend=backend, engine=engine)
     check_engine(config)
     precision = config.precision
+    only = None
     if engine == "cerebras":
         only = "bf16" if backend == "CSX" else "fp32"
+    elif not hasattr(torch.Tensor, "grad_dtype"):  # torch 2.4 would sum gradients in bf16
+        only = "fp32"
+    if only is not None:
         if precision not in ("auto", only):
-            raise UserError(f"precision: the cerebras engine computes in {only} on {backend}")
+            raise UserError(
+                f"precision: {precision} is not for engine {engine} on {backend} with torch "
+                f"{torch.__version__}; take {only}"
+            )
         precision = only
     if precision == "auto":
         precision = chosen.get("precision") or faster_precision(config, backend)
@@ -149,6 +157,11 @@ def check_engine(config: Configuration) -> None:
         raise UserError(
             f"num_systems: {config.num_systems}, but the cerebras engine on a CPU is one; take "
             f"--backend CSX or --num_systems 1"
+        )
+    if config.engine == "cerebras" and config.backend == "CPU" and config.micro_batch_size:
+        raise UserError(
+            f"micro_batch_size: {config.micro_batch_size}, but the cerebras engine on a CPU takes "
+            f"the batch in one piece; leave it out"
         )
     if config.num_systems % (config.shards or 1):
         raise UserError(f"shards: {config.shards} does not divide num_systems {config.num_systems}")
@@ -178,8 +191,16 @@ def check_package() -> None:
 
 
 def on_cluster(config: Configuration) -> Plan:
-    """A run on Cerebras systems, which plan it themselves; what they have is not known here."""
+    """A run on Cerebras systems, which plan it themselves: what they have is not known here."""
     nothing = dict.fromkeys(TIERS, 0)
+    each = config.batch_size // config.num_systems
+    if (config.micro_batch_size or 1) > each:
+        raise UserError(
+            f"micro_batch_size: {config.micro_batch_size} is more than the {each} sequences that a "
+            f"system has of the batch"
+        )
+    # input workers read it from another folder
+    config = replace(config, dataset=str(Path(config.dataset).absolute()))
     machine = Machine(
         "Cerebras", "CSX", **nothing, program=0, **dict.fromkeys(RATES, math.nan), systems=1
     )
@@ -251,8 +272,8 @@ def cuts(
     config: Configuration, machine: Machine, micro_batch: int | None, training: bool
 ) -> Iterator[Configuration]:
     """The ways in which an engine could cut the step, each with the largest micro-batch."""
-    if config.engine == "cerebras":  # its CPU backend takes a batch in one piece
-        yield replace(config, micro_batch_size=config.batch_size)
+    if config.engine == "cerebras":
+        yield config
         return
     fast = max(1, MOST_TOKENS[machine.backend] // config.sequence_length)
     most = min(rows(config), config.pass_size or config.batch_size)
@@ -314,6 +335,12 @@ def on_gpu(machine: Machine) -> bool:
 def rows(config: Configuration) -> int:
     """Sequences of a batch on the system that has most."""
     return -(-config.batch_size // config.num_systems)
+
+
+def micro_batch(config: Configuration) -> int:
+    """Sequences in a forward pass: where none are chosen, the batch in one piece, as on the CPU
+    backend of the cerebras engine."""
+    return config.micro_batch_size or config.batch_size
 
 
 def largest_pass(config: Configuration, machine: Machine, training: bool) -> Configuration:
@@ -394,7 +421,7 @@ def count(config: GPTConfig) -> int:
 
 
 def resident_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
-    size = config.micro_batch_size
+    size = micro_batch(config)
     each = (STATE_BYTES if training else 4) + (2 if config.precision == "bf16" else 0)
     model = count(config) * each
     activations = size * activation_bytes(config) / (1 if training else config.depth)
@@ -502,7 +529,7 @@ def activation_bytes(config: Configuration) -> int:
 def head_bytes(config: Configuration, training: bool = True) -> int:
     """The logits of 1,024 positions with what their loss takes, and the gradient of the embedding
     from a chunk, from all chunks, and from the lookup."""
-    rows = config.sequence_length * config.micro_batch_size
+    rows = config.sequence_length * micro_batch(config)
     if config.engine != "cerebras":
         rows = min(GPT.loss_rows, rows)
     logits = LOGIT_BYTES[config.backend, config.precision] * rows * config.vocab_size
@@ -659,14 +686,14 @@ def describe(plan: Plan) -> str:
             f"{count(config):,} parameters, {config.num_systems} Cerebras system"
             f"{'s' * (config.num_systems > 1)}, {config.precision}, "
             f"{config.batch_size * config.sequence_length:,} tokens a step; the cluster plans the "
-            f"rest; a checkpoint takes {size_text(12 * count(config))}, and twice that while it is "
-            f"saved"
+            f"rest; a checkpoint takes {size_text(12 * count(config))}, as do what is sent first "
+            f"and what is fetched to be saved"
         )
-    micro_batches = -(-rows(config) // config.micro_batch_size)
+    micro_batches = -(-rows(config) // micro_batch(config))
     lines.append(
         f"{count(config):,} parameters, {config.engine} on {config.backend}, {config.precision}, "
         f"{config.batch_size * config.sequence_length:,} tokens a step in {micro_batches} "
-        f"micro-batches of {config.micro_batch_size} × {config.sequence_length}"
+        f"micro-batches of {micro_batch(config)} × {config.sequence_length}"
     )
     if config.engine == "streaming":
         passes = -(-config.batch_size // config.pass_size)
@@ -738,6 +765,11 @@ def main() -> None:
         for tier, option in (("device", "device_memory"), ("host", "host_memory"), ("disk", "disk"))
         if (text := more[option]) is not None
     }
+    if config.backend == "CSX" or config.engine == "cerebras":
+        raise UserError(
+            "a run on Cerebras systems is planned by their cluster; python train.py CONFIG "
+            "--backend CSX --cluster.validate_only true lowers a step for it on this machine"
+        )
     if more["device"] is not None:
         check_engine(config)
         precision = "bf16" if config.precision == "auto" else config.precision
@@ -745,11 +777,6 @@ def main() -> None:
         machine = named_machine(more["device"], config)
     else:
         config = resolve_device(config, {})
-        if config.backend == "CSX":
-            raise UserError(
-                "backend: CSX is planned by its cluster; python train.py CONFIG "
-                "--cluster.validate_only true lowers a step for it on this machine"
-            )
         here = config.num_systems
         if config.backend == "GPU":
             here = min(here, torch.cuda.device_count())

@@ -113,6 +113,8 @@ def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
         then = before[key]
         if now in (then, "auto") or key in FREE or (key, now) == ("micro_batch_size", None):
             continue
+        if key == "dataset" and Path(now).absolute() == Path(then).absolute():
+            continue
         if key in MODEL_KEYS and key not in ("dropout", "init_std"):
             raise UserError(
                 f"{checkpoint.path} is of another model: its {key} is {then}, this "

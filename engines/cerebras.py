@@ -8,18 +8,22 @@ checkpoints. docs/cerebras.md says how this was tried, and what was not.
 
 import logging
 import os
+import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, fields
+from importlib import import_module
 from pathlib import Path
+from tempfile import mkdtemp
 
 import cerebras.pytorch as cstorch
 import grpc
 import numpy as np
 import torch
 from cerebras.appliance.cluster.config import ClusterConfigError, get_cs_cluster_config
-from cerebras.appliance.errors import ApplianceClientException
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,6 +40,14 @@ from engines.optimizer import (
 from errors import UserError
 from model import GPT, IGNORE, derive_seed
 
+PROGRAM = Path(__file__).resolve().parents[1]
+# At Ctrl-C these cancel what they wait for, where it asks us to go on to the next checkpoint
+CANCELLING = (
+    "cerebras.appliance.utils.interceptors",
+    "cerebras.pytorch.core.appliance",
+    "cerebras.pytorch.storage.save",
+)
+
 
 class CerebrasEngine:
     """The package's CSX backend, or its CPU backend, which runs the same step eagerly in fp32.
@@ -47,12 +59,19 @@ class CerebrasEngine:
     def __init__(self, config: Configuration, training: bool = True):
         self.config, self.training, self.updates = config, training, 0
         self.folder = Path(config.out_dir, "cerebras")
-        self._clear()  # of a run that was killed
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if training:
+            self._clear()  # what a run that was killed left
+        else:  # another run may have its files there
+            self.folder = Path(mkdtemp(prefix="eval_", dir=self.folder))
         self.backend = open_backend(config, self.folder)
         with self.backend.device:
             self.model = GPT(config)
         # the compiler cuts the batch to what fits: a loop over chunks would only be unrolled
         self.model.loss_rows = config.batch_size * config.sequence_length
+        if self.backend.is_csx:  # it draws its own masks: a seed for each step is another graph
+            self.model.seed_dropout = lambda seed, layer: None
+            torch.manual_seed(config.seed)
         self.compiled = cstorch.compile(self.model, self.backend)
         if training:
             self._make_optimizer()
@@ -105,7 +124,6 @@ class CerebrasEngine:
             self._set_updates(updates or 0)
 
     def _put(self, name: str, tensors: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(tensors, self.folder / f"{name}.safetensors")
 
@@ -133,10 +151,11 @@ class CerebrasEngine:
         correct the next one's bias, and the steps of the schedules, which count from 1 as
         `learning_rate` does."""
         self.updates, count = updates, updates + 1
+        powers = [beta_power(beta, count) for beta in BETAS]
         state = self.optimizer.state_dict()
         for values in state["state"].values():
-            for number, beta in enumerate(BETAS, 1):
-                values[f"beta{number}_power"] = torch.tensor(beta_power(beta, count))
+            for number, power in enumerate(powers, 1):
+                values[f"beta{number}_power"] = torch.tensor(power)
         self.optimizer.load_state_dict(state)
         state = self.schedule.state_dict()
         state["last_epoch"] = state["_schedulers"][0]["last_epoch"] = count
@@ -225,13 +244,19 @@ class CerebrasEngine:
     def _loader(self, batches: Batches, steps: range) -> cstorch.utils.data.DataLoader:
         # the wafer has no 64-bit integers, PyTorch's cross-entropy takes no other
         dtype = torch.int32 if self.backend.is_csx else torch.int64
-        size = (self.config.batch_size, self.config.num_systems)
-        return cstorch.utils.data.DataLoader(read_batches, batches, steps, *size, dtype)
+        size = self.config.batch_size
+        return cstorch.utils.data.DataLoader(read_batches, batches, steps, size, dtype)
 
     def evaluate(self, batches: Batches, progress: Callable = iter) -> tuple[float, int]:
         if not self.backend.is_e2e_execution:
             raise UserError("cluster.validate_only and cluster.compile_only are for train.py")
-        source, total = batches(0, 1), 0.0
+        source = batches(0, 1)
+        tokens = sum(int((source[i][1] != IGNORE).sum()) for i in range(len(source)))
+        return self._evaluate(batches, progress), tokens
+
+    def _evaluate(self, batches: Batches, progress: Callable = iter) -> float:
+        """The sum of the losses, in one execution of the appliance."""
+        total, steps = 0.0, range(len(batches(0, 1)))
 
         @cstorch.step_closure
         def absorb(loss: Tensor) -> None:
@@ -243,16 +268,16 @@ class CerebrasEngine:
         def losses(ids: Tensor, targets: Tensor) -> Tensor:
             return self.compiled(ids, targets)
 
-        loader = self._loader(batches, range(len(source)))
-        executor = cstorch.utils.data.DataExecutor(loader, num_steps=len(source))
-        watched = iter(progress(range(len(source))))
+        loader = self._loader(batches, steps)
+        executor = cstorch.utils.data.DataExecutor(loader, num_steps=len(steps))
+        watched = iter(progress(steps))
         self.model.eval()
         # to the end, whatever is watched: leaving an execution shuts the appliance down
         for ids, targets in answering(executor):
             absorb(losses(ids, targets))
             next(watched, None)
         self.model.train()
-        return total, sum(int((source[i][1] != IGNORE).sum()) for i in range(len(source)))
+        return total
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         with cstorch.storage.serializers.cache_deferred_tensors(False):
@@ -270,7 +295,10 @@ class CerebrasEngine:
 
     def close(self) -> None:
         self.model = self.compiled = self.optimizer = None
-        self._clear()
+        if self.training:
+            self._clear()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _clear(self) -> None:
         for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("step_*.h5*")]:
@@ -279,24 +307,19 @@ class CerebrasEngine:
 
 def open_backend(config: Configuration, folder: Path) -> cstorch.backend:
     """The package's backend, of which a process has one."""
+    for name in CANCELLING:
+        import_module(name).on_sigint = lambda cancel: nullcontext()
     if config.backend == "CPU":
         return cstorch.backend("CPU", artifact_dir=str(folder))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # it starts the compiler that was installed beside this Python by its bare name
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    cluster = config.cluster
-    known = {field.name for field in fields(cstorch.distributed.ClusterConfig)}
-    keys = {k: v for k, v in asdict(cluster).items() if k in known and v is not None}
+    cluster, csx = config.cluster, cstorch.backends.csx
     try:
-        cluster_config = cstorch.distributed.ClusterConfig(num_csx=config.num_systems, **keys)
-        if cluster.mgmt_address is None and not cluster.validate_only:
-            _ = get_cs_cluster_config()[1].mgmt_address
-    except ClusterConfigError as error:
-        raise UserError(
-            f"cluster.mgmt_address: {error}; name the cluster's management with "
-            f"--cluster.mgmt_address HOST:PORT, or lower the step without one: "
-            f"--cluster.validate_only true"
-        ) from None
+        cluster_config = make_cluster_config(config)
+        csx.performance.micro_batch_size = config.micro_batch_size or "auto"
+        csx.debug.compile_crd_memory_gi = cluster.compile_crd_memory_gi
+        csx.debug.execute_crd_memory_gi = cluster.execute_crd_memory_gi
     except ValueError as error:
         raise UserError(f"cluster: {error}") from None
     backend = cstorch.backend(
@@ -308,25 +331,43 @@ def open_backend(config: Configuration, folder: Path) -> cstorch.backend:
         cluster_config=cluster_config,
     )
     cstorch.amp.set_half_dtype("bfloat16")
-    csx = cstorch.backends.csx
-    csx.performance.micro_batch_size = config.micro_batch_size or "auto"
-    csx.debug.compile_crd_memory_gi = cluster.compile_crd_memory_gi
-    csx.debug.execute_crd_memory_gi = cluster.execute_crd_memory_gi
     return backend
 
 
+def make_cluster_config(config: Configuration) -> cstorch.distributed.ClusterConfig:
+    """What was asked for, and the folder of this program for the input workers to import it from.
+    Raises UserError where no cluster is named, by us or by the user node's own configuration."""
+    cluster = config.cluster
+    if cluster.mgmt_address is None and not cluster.validate_only:
+        try:
+            _ = get_cs_cluster_config()[1].mgmt_address
+        except ClusterConfigError as error:
+            raise UserError(
+                f"cluster.mgmt_address: {error}; name the cluster's management with "
+                f"--cluster.mgmt_address HOST:PORT, or lower the step without one: "
+                f"--cluster.validate_only true"
+            ) from None
+    known = {field.name for field in fields(cstorch.distributed.ClusterConfig)}
+    keys = {k: v for k, v in asdict(cluster).items() if k in known and v is not None}
+    keys["python_paths"] = [*(cluster.python_paths or []), str(PROGRAM)]
+    return cstorch.distributed.ClusterConfig(num_csx=config.num_systems, **keys)
+
+
 def answering(executor: cstorch.utils.data.DataExecutor) -> Iterator:
-    """Its batches; raises UserError where the cluster does not answer, or ended the job."""
+    """Its batches; raises UserError for what comes from the cluster, or on the way to it."""
     try:
         yield from executor
-    except grpc.RpcError as error:
-        raise UserError(f"cluster: it does not answer ({error.details()})") from None
-    except (ApplianceClientException, ClusterConfigError) as error:
-        raise UserError(f"cluster: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any(f.f_globals["__name__"].startswith("cerebras.appliance") for f, _ in frames):
+            raise
+        text = f"{type(error).__name__}: {error}"
+        text = error.details() if isinstance(error, grpc.RpcError) else text
+        raise UserError(f"cluster: {text}") from error
 
 
 def read_batches(
-    batches: Batches, steps: range, batch_size: int, systems: int, dtype: torch.dtype
+    batches: Batches, steps: range, batch_size: int, dtype: torch.dtype
 ) -> torch.utils.data.DataLoader:
     """The batches of `steps`: all of each, or on an input worker of the appliance its part. The
     workers of a system take steps in turn, and each system a part of the rows. What a batch lacks
@@ -334,14 +375,15 @@ def read_batches(
     source, distributed = batches(0, 1), cstorch.distributed
     rows, mine = slice(0, batch_size), steps
     if distributed.is_streamer():
-        workers = distributed.num_streamers() // systems
-        system, worker = divmod(distributed.get_streaming_rank(), workers)
+        workers = distributed.service_resolver().cluster_spec
+        me, of_system = workers.task(), {task.wse_id: task.rank for task in workers.tasks}
         sizes = [
-            distributed.get_streaming_batch_size(batch_size, other * workers)
-            for other in range(system + 1)
+            distributed.get_streaming_batch_size(batch_size, of_system[system])
+            for system in range(me.wse_id + 1)
         ]
         rows = slice(sum(sizes[:-1]), sum(sizes))
-        mine = steps[worker::workers] or steps[-1:]  # the package wants at least one
+        # the package wants at least one
+        mine = steps[me.local_rank :: workers.num_workers_per_csx] or steps[-1:]
 
     def convert(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         padded = (
@@ -357,8 +399,8 @@ def beta_power(beta: float, count: int) -> np.float32:
     """beta to the power of count, multiplied up in fp32 as the package's AdamW does."""
     power = beta = np.float32(beta)
     for _ in range(count - 1):
-        power *= beta
-        if power == 0:
+        before, power = power, power * beta
+        if power == before:  # the smallest number there is stays
             break
     return power
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -29,6 +28,7 @@ from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.cerebras
 FIGURES = ("loss", "grad_norm", "learning_rate", "val_loss")
+WORKERS = ROOT / "tests/cerebras/workers.py"
 NOWHERE = ["--cluster.mgmt_address", "localhost:9"]  # port 9 discards, where anything listens
 
 
@@ -55,10 +55,10 @@ def here(script: str, *arguments: object) -> subprocess.CompletedProcess:
     return typed(sys.executable, script, *arguments)
 
 
-def typed(*words: object, **environment: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+def typed(*words: object, cwd: object = ROOT, **more: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
     command = [str(word) for word in words]
-    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True)
 
 
 def worked(done: subprocess.CompletedProcess) -> str:
@@ -238,29 +238,54 @@ def drawn(values: dict) -> GPT:
     return model
 
 
+def stopped(run: subprocess.CompletedProcess, name: str, out: Path) -> int:
+    """The step at which a run stopped that got a signal, and saved."""
+    assert run.returncode == 0, run.stderr
+    assert f"{name}: going on to the next step that can be saved" in run.stderr
+    step = int(re.search(r"stopped at step (\d+)", run.stdout)[1])
+    assert f"saved {out}/checkpoint_{step}.mdl" in run.stdout
+    Checkpoint(out / f"checkpoint_{step}.mdl").verify(0, 1)
+    return step
+
+
+LONG = ["--engine", "cerebras", "--backend", "CPU", "--num_steps", 10000, "--eval_steps", 10000]
+LONG += ["--checkpoint_steps", 100]
+
+
 def test_a_signal_stops_at_the_next_checkpoint(small, python, tmp_path):
     """The weights cannot be had in between."""
-    command = [python, "train.py", small.path, "--engine", "cerebras", "--backend", "CPU"]
-    command += ["--num_steps", 10000, "--eval_steps", 10000, "--checkpoint_steps", 100]
-    command += ["--out_dir", tmp_path]
+    words = [python, "train.py", small.path, *LONG, "--out_dir", tmp_path]
     run = subprocess.Popen(
-        [str(word) for word in command],
+        [str(word) for word in words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    for line in run.stdout:
-        if line.startswith("step 3/"):
-            run.send_signal(signal.SIGTERM)
-            break
+    while not run.stdout.readline().startswith("step 3/"):
+        pass
+    run.terminate()
     out, err = run.communicate(timeout=120)
-    assert run.returncode == 0, err
-    assert "SIGTERM: going on to the next step that can be saved" in err
-    stopped = int(re.search(r"stopped at step (\d+)", out)[1])
-    assert stopped % 100 == 0
-    assert f"saved {tmp_path}/checkpoint_{stopped}.mdl" in out
+    done = subprocess.CompletedProcess(words, run.returncode, out, err)
+    assert stopped(done, "SIGTERM", tmp_path) % 100 == 0
+
+
+def test_ctrl_c_while_saving(small, there, tmp_path):
+    """At which the package would cancel what it writes."""
+    done = there("tests/cerebras/interrupted.py", small.path, *LONG, "--out_dir", tmp_path)
+    assert stopped(done, "SIGINT", tmp_path) == 100
+
+
+def test_an_evaluation_leaves_the_files_of_a_training_alone(small, there, trained, tmp_path):
+    folder = tmp_path / "cerebras"
+    folder.mkdir()
+    kept = [folder / "step_7.h5", folder / "norm.safetensors"]
+    for path in kept:
+        path.touch()
+    checkpoint = ["--checkpoint_path", trained / "checkpoint_20.mdl", "--out_dir", tmp_path]
+    worked(there("eval.py", small.path, "--engine", "cerebras", "--backend", "CPU", *checkpoint))
+    assert sorted(folder.iterdir()) == sorted(kept)
 
 
 # What is lowered for the wafer
@@ -398,9 +423,8 @@ def test_a_step_lowers(name, there, dataset, tmp_path):
     known = {field.name for field in fields(GPTConfig)}
     graph = lower(there, path, tmp_path / "out", *flags)
     check_graph(graph, GPTConfig(**{k: v for k, v in shape.items() if k in known}))
-    inputs = [t for a, t in graph.types.items() if t.endswith("i32") and a not in graph.arguments]
     rows = f"{shape['batch_size']}x{shape['sequence_length']}xi32"
-    assert inputs.count(rows) == 2 or rows in str(graph.types.values())
+    assert list(graph.types.values()).count(rows) == 2  # ids and targets
 
 
 def text_of(dataset: Path, folder: Path) -> Path:
@@ -422,9 +446,33 @@ def test_the_largest_model_lowers_at_its_depth(there, dataset, tmp_path):
     assert len(graph.of("LayerNorm")) == len(graph.of("LayerNormGrad")) == 193
 
 
-def test_dropout_lowers(small, there, tmp_path):
-    graph = lower(there, small.path, tmp_path / "out", "--dropout", 0.1)
+def test_dropout_lowers(small, there, trained, tmp_path):
+    """To one graph, whatever the step, which is so compiled once."""
+    graph = lower(there, small.path, tmp_path / "first", "--dropout", 0.1)
     assert len(graph.of("RandomUniform")) == 1 + 3 * 2  # embedding; attention and both branches
+    later = ["--dropout", 0.1, "--checkpoint_path", trained / "checkpoint_10.mdl"]
+    lower(there, small.path, tmp_path / "later", *later)
+    graphs = {lowered(tmp_path / out) for out in ("first", "later")}
+    assert len(graphs) == 1 and "global_seed" in graphs.pop()
+
+
+def lowered(out: Path, execution: int = 1) -> str:
+    """A graph without where its operations come from."""
+    path = out / f"cerebras/executors/{execution:06}/cirh.mlir"
+    return re.sub(r"loc\([^\n]*", "", path.read_text())
+
+
+def test_training_evaluating_and_training_again_lower(small, there, tmp_path):
+    """In one process, each an execution; the second has no gradients and changes nothing."""
+    flags = ["--backend", "CSX", "--cluster.validate_only", "true", "--out_dir", tmp_path]
+    worked(there("tests/cerebras/executions.py", small.path, *flags))
+    train, evaluate, again = (
+        Graph(tmp_path / f"cerebras/executors/{number:06}/cirh.mlir") for number in (1, 2, 3)
+    )
+    assert [o.kind for o in train.operations] == [o.kind for o in again.operations]
+    assert len(evaluate.of("Softmax")) == 2
+    assert not evaluate.of("LayerNormGrad", "GeluGrad", "L2Norm")
+    assert all(evaluate.updated(a) == a for a, k in evaluate.arguments.items() if k)
 
 
 def test_no_operation_falls_back(small, there, tmp_path):
@@ -442,13 +490,8 @@ def test_weights_do_not_change_the_graph(small, there, tmp_path):
     done = there(
         "train.py", small.path, "--backend", "CSX", *NOWHERE, "--out_dir", tmp_path / "out"
     )
-    refused(done, "cluster: it does not answer (failed to connect to all addresses")
-    graphs = [
-        re.sub(r"loc\([^\n]*", "", path.read_text())
-        for out in ("valid", "out")
-        for path in tmp_path.glob(f"{out}/cerebras/executors/000001/cirh.mlir")
-    ]
-    assert len(graphs) == 2 and graphs[0] == graphs[1]
+    refused(done, "cluster: failed to connect to all addresses")
+    assert lowered(tmp_path / "valid") == lowered(tmp_path / "out")
     assert not list(tmp_path.glob("out/cerebras/*.safetensors"))
 
 
@@ -482,6 +525,17 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
 
 
+@pytest.fixture(scope="module")
+def sent(there, small) -> dict[str, Path]:
+    """What the engine would send to the input workers of a dataset with a relative name."""
+    files = {split: small.folder / f"{split}.json" for split in ("train", "val")}
+    data = Path(small.values["dataset"])
+    for split, file in files.items():
+        flags = ["--dataset", data.name, "--backend", "CSX", "--cluster.validate_only", "true"]
+        worked(there(WORKERS, "send", file, split, small.path, *flags, cwd=data.parent))
+    return files
+
+
 @pytest.mark.parametrize(
     ("systems", "workers", "sizes"),
     [
@@ -493,13 +547,13 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     ],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_input_workers_stream_the_batches(small, there, systems, workers, sizes, split):
-    """Through the package's own pipeline: every row of every step once, in its system's order."""
-    words = [json.dumps(word) for word in (systems, workers, sizes, split)]
-    streamed = json.loads(
-        worked(there("tests/cerebras/workers.py", *words, small.path)).splitlines()[-1]
-    )
-    values = small.values
+def test_input_workers_stream_the_batches(sent, there, small, systems, workers, sizes, split):
+    """Through the package's own pipeline: every row of every step once, in its system's order. A
+    worker runs in another folder, and finds this program where the cluster was told."""
+    words = ["stream", sent[split], *(json.dumps(word) for word in (systems, workers, sizes))]
+    (path,) = json.loads(sent[split].read_text())["paths"]
+    done = there(WORKERS, *words, cwd="/", PYTHONPATH=path)
+    streamed, values = json.loads(worked(done).splitlines()[-1]), small.values
     data = (values["dataset"], VOCABULARY, values["sequence_length"], values["batch_size"])
     if split == "val":
         source = EvalBatches(*data)
@@ -545,6 +599,9 @@ def test_the_clusters_keys_are_the_packages(there):
         (["--cluster.mgmt_address", "nowhere"], "should be in the form of '<name>:<port>'"),
         (["--cluster.mount_dirs", "[/nowhere]", *NOWHERE], "/nowhere does not exist"),
         (["--cluster.job_priority", "p9", *NOWHERE], "Invalid job priority value: p9"),
+        (["--cluster.mgmt_address", "nowhere.invalid:9000"], "cluster: Exception: Failed to ping"),
+        (["--cluster.compile_crd_memory_gi", 10**14, *NOWHERE], "cluster: Value out of range"),
+        (["--micro_batch_size", 3, "--num_systems", 2], "more than the 2 sequences that a system"),
         (["--num_systems", 5], "batch_size: 4 is smaller than num_systems 5"),
     ],
 )

@@ -187,6 +187,12 @@ def test_the_cluster_defaults_to_nothing():
         ("", ["--cluster.mgmt", "a:1"], "--cluster.mgmt is not a known key; did you mean cluster"),
         ("", ["--mount_dirs", "/x"], "--mount_dirs is not a known key; did you mean cluster.mount"),
         ("", ["--cluster.job_time_sec", "soon"], "cluster.job_time_sec: "),
+        ("", ["--cluster.max_wgt_servers", "-5"], "cluster.max_wgt_servers: -5 is not a positive"),
+        (
+            "cluster: {validate_only: true, compile_only: true}",
+            [],
+            "cluster.validate_only and cluster.compile_only: take one of them",
+        ),
         ("cluster: {address: a}", [], "cluster' does not accept option 'address'"),
         ("cluster: [a]", [], "is not a configuration: something in it has no `key: value` lines"),
         ("mount_dirs: [a]", [], "mount_dirs is not a known key; did you mean cluster.mount_dirs?"),

@@ -381,8 +381,15 @@ def test_changed_data_order_is_said(run, config):
         (["--backend", "CSX", "--num_systems", "5"], "batch_size: 4 is smaller than num_systems 5"),
         (["--backend", "CSX", "--engine", "resident"], "backend: CSX is not for engine resident"),
         (["--backend", "GPU", "--engine", "cerebras"], "backend: GPU is not for engine cerebras"),
-        (["--engine", "cerebras", "--precision", "bf16"], "engine computes in fp32 on CPU"),
-        (["--backend", "CSX", "--precision", "fp32"], "engine computes in bf16 on CSX"),
+        (
+            ["--engine", "cerebras", "--precision", "bf16"],
+            "bf16 is not for engine cerebras on CPU",
+        ),
+        (
+            ["--backend", "CSX", "--precision", "fp32"],
+            "fp32 is not for engine cerebras on CSX",
+        ),
+        (["--engine", "cerebras", "--micro_batch_size", "2"], "takes the batch in one piece"),
         (["--engine", "cerebras", "--num_systems", "2"], "but the cerebras engine on a CPU is one"),
         (["--memory_limit", "0.1MB"], "this model does not fit"),
         (["--vocab_size", "20"], "27 token ids, the model's vocab_size is 20"),
@@ -410,8 +417,9 @@ def test_the_wrong_torch_for_cerebras(run, config, tmp_path, monkeypatch):
 
 
 def test_a_cluster_is_not_planned_here(run, config):
-    seen = run("plan", config.path, "--backend", "CSX")
-    refused(seen, "backend: CSX is planned by its cluster; python train.py CONFIG --cluster.valid")
+    for flags in (["--backend", "CSX"], ["--engine", "cerebras", "--device", "h100"]):
+        seen = run("plan", config.path, *flags)
+        refused(seen, "a run on Cerebras systems is planned by their cluster; python train.py CON")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,12 +3,16 @@ installed package has: prints one line a call, and fails where one does not fit.
 
 import ast
 import inspect
+from importlib import import_module
 from pathlib import Path
 
 import cerebras.pytorch as cstorch
 import torch
 from cerebras.appliance.cluster.config import get_cs_cluster_config
 from cerebras.pytorch.backend import get_backend_args
+from cerebras.pytorch.distributed.cluster_resolver import ClusterSpec
+
+from engines.cerebras import CANCELLING
 
 SOURCE = Path(__file__).resolve().parents[2] / "engines" / "cerebras.py"
 # What the names of that file stand for there
@@ -20,6 +24,7 @@ MEANS = {
     "self.optimizer": cstorch.optim.AdamW,
     "self.schedule": cstorch.optim.lr_scheduler.SequentialLR,
     "self.scaler": cstorch.amp.GradScaler,
+    "workers": ClusterSpec,
     "get_cs_cluster_config": get_cs_cluster_config,
 }
 
@@ -62,4 +67,6 @@ for call in ast.walk(ast.parse(SOURCE.read_text())):
     bind(*(a for a in call.args if not isinstance(a, ast.Starred)), **dict.fromkeys(names))
     count += 1
     print(f"{ast.unparse(call.func)}: fits {called}")
+for name in CANCELLING:
+    inspect.signature(import_module(name).on_sigint).bind(None)
 assert torch.__version__.startswith("2.4.0") and count > 20, count

@@ -1,13 +1,14 @@
-"""What each input worker of an appliance streams, through the package's own pipeline: as JSON.
+"""What each input worker of an appliance streams, through the package's own pipeline.
 
-workers.py SYSTEMS WORKERS SIZES, then the arguments of train.py. SIZES are the rows that the
-compiler gave each system, in parts, such as [[2],[1,1]].
+workers.py send FILE SPLIT, then the arguments of train.py, writes what the engine would send;
+workers.py stream FILE SYSTEMS WORKERS SIZES, in a process that knows no more than a worker, prints
+its batches as JSON. SIZES are the rows that the compiler gave each system, in parts: [[2],[1,1]].
 """
 
 import json
 import sys
-from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,32 +17,52 @@ from cerebras.pytorch.distributed.cluster_resolver import ApplianceWorkerCluster
 from cerebras.pytorch.utils.data.streamer.data_pipe import SampleSpec
 from cerebras.pytorch.utils.data.streamer.pytorch_generator import InputGeneratorPyTorch
 
-from configuration import parse_configuration
-from dataset import EvalBatches, TrainBatches
-from engines.cerebras import read_batches
 
-systems, workers, sizes, split = (json.loads(sys.argv.pop(1)) for _ in range(4))
-config, _ = parse_configuration("")
-data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
-batches = partial(EvalBatches, *data, None) if split == "val" else partial(TrainBatches, *data, 0)
-steps = range(len(batches(0, 1))) if split == "val" else range(3, 9)
-arguments = (batches, steps, config.batch_size, systems, torch.int32)
-sent = [fw_user_serialize(each, recurse=True) for each in (read_batches, (arguments, {}))]
+def send(file: str, split: str) -> None:
+    import plan
+    from configuration import parse_configuration
+    from engines.cerebras import make_cluster_config, read_batches
+    from resume import Start
+    from systems import World
 
-streamed = []
-for rank in range(systems * workers):
-    ApplianceWorkerClusterResolver.configure(rank, systems * workers, systems, workers)
-    function, (given, named) = (fw_user_deserialize(each) for each in sent)
-    shape = (max(sizes[rank // workers]), config.sequence_length)
-    tensors = [
-        SampleSpec.TensorSpec(f"input_{i}", np.dtype(np.int32), shape, tensor_id=i)
-        for i in range(2)
-    ]
-    generator = InputGeneratorPyTorch(
-        lambda function=function, given=given, named=named: function(*given, **named),
-        SampleSpec(tensors),
-        sizes,
-    )
-    blocks = len(sizes[rank // workers]) * len(steps[rank % workers :: workers])
-    streamed.append([[b[0].tolist(), b[1].tolist()] for b in islice(generator, blocks)])
-print(json.dumps(streamed))
+    config = plan.resolve(parse_configuration("")[0], {}).config
+    train, val, _ = Start(config).open_data(config, World())
+    batches = val if split == "val" else train
+    steps = range(len(val(0, 1))) if split == "val" else range(3, 9)
+    arguments = ((batches, steps, config.batch_size, torch.int32), {})
+    content = {
+        "sent": [fw_user_serialize(each, recurse=True) for each in (read_batches, arguments)],
+        "paths": make_cluster_config(config).python_paths,
+        "steps": len(steps),
+        "length": config.sequence_length,
+    }
+    Path(file).write_text(json.dumps(content))
+
+
+def stream(file: str, *words: str) -> None:
+    content = json.loads(Path(file).read_text())
+    systems, workers, sizes = map(json.loads, words)
+    streamed = []
+    for rank in range(systems * workers):
+        ApplianceWorkerClusterResolver.configure(rank, systems * workers, systems, workers)
+        function, (given, named) = (fw_user_deserialize(each) for each in content["sent"])
+        parts = sizes[rank // workers]
+        shape = (max(parts), content["length"])
+        tensors = [
+            SampleSpec.TensorSpec(f"input_{i}", np.dtype(np.int32), shape, tensor_id=i)
+            for i in range(2)
+        ]
+        generator = InputGeneratorPyTorch(
+            lambda function=function, given=given, named=named: function(*given, **named),
+            SampleSpec(tensors),
+            sizes,
+        )
+        blocks = len(parts) * len(range(content["steps"])[rank % workers :: workers])
+        streamed.append([[b[0].tolist(), b[1].tolist()] for b in islice(generator, blocks)])
+    print(json.dumps(streamed))
+
+
+if sys.argv.pop(1) == "send":
+    send(sys.argv.pop(1), sys.argv.pop(1))
+else:
+    stream(*sys.argv[1:])
