@@ -135,7 +135,7 @@ def test_commands_that_this_machine_refuses(clone):
         "--cluster.validate_only true",
     ):  # in Cerebras's environment it is typed by test_cerebras.py
         assert f"\n{line}\n" in readme
-        words = shlex.split(line)[1:]
+        words = [*shlex.split(line)[1:], "--out_dir", "fresh"]
         done = subprocess.run([sys.executable, *words], cwd=clone, text=True, capture_output=True)
         refused(done, "engine: cerebras needs the package cerebras_pytorch")
     line = "python train.py configs/70b.yaml --num_systems 16"
