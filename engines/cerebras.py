@@ -235,7 +235,7 @@ class CerebrasEngine:
             self.scaler.step(self.optimizer)
             self.schedule.step()
             self.scaler.update()
-        elif norm.isfinite():  # eager, where the scaler does not run
+        elif (loss + norm).isfinite():  # eager, where the scaler does not run
             self.optimizer.step()
             self.schedule.step()
         self.optimizer.zero_grad()
@@ -359,7 +359,9 @@ def answering(executor: cstorch.utils.data.DataExecutor) -> Iterator:
         yield from executor
     except Exception as error:
         frames = traceback.walk_tb(error.__traceback__)
-        if not any(f.f_globals["__name__"].startswith("cerebras.appliance") for f, _ in frames):
+        names = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+        theirs = any(name.startswith("cerebras.appliance") for name in names)
+        if not theirs or isinstance(error, OSError):  # which is this machine's disk
             raise
         text = f"{type(error).__name__}: {error}"
         text = error.details() if isinstance(error, grpc.RpcError) else text

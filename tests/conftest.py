@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,20 @@ def cloned(folder: Path) -> Path:
             (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / path.relative_to(ROOT))
     return folder
+
+
+def worked(done: CompletedProcess) -> str:
+    """What a command that was typed said."""
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(done: CompletedProcess, message: str) -> None:
+    """In one line, the last: log lines of a library may come before it."""
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert message in done.stderr.splitlines()[-1]
 
 
 def text(seed: int, words: int) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, VOCABULARY, records
+from conftest import ROOT, VOCABULARY, records, refused, worked
 from safetensors.torch import load_file
 
 from checkpoint import Checkpoint
@@ -59,19 +59,6 @@ def typed(*words: object, cwd: object = ROOT, **more: str) -> subprocess.Complet
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
     command = [str(word) for word in words]
     return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True)
-
-
-def worked(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(done: subprocess.CompletedProcess, message: str) -> None:
-    """In one line; the package's own log lines may come before it."""
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert message in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused, worked
 
 PROGRAM = ("*.py", "engines/*.py", "configs/*.yaml", "data/*.py", "data/*/prepare.py", "README.md")
 SMALL = ["--depth", "2", "--batch_size", "2", "--sequence_length", "64", "--eval_batches", "1"]
@@ -35,17 +35,6 @@ def type_in(clone: Path, line: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *words, *more], cwd=clone, text=True, capture_output=True, timeout=300
     )
-
-
-def worked(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(done: subprocess.CompletedProcess, message: str) -> None:
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert message in done.stderr.splitlines()[-1]
 
 
 def test_in_the_order_of_the_readme(clone, tmp_path):
