@@ -44,10 +44,8 @@ def evaluate(config: Configuration, world: World, as_json: bool) -> None:
     result["tokens"] = count
     if size := tokens.meta.get("bytes", {}).get("val"):
         result["bits_per_byte"] = loss * tokens.count / size / math.log(2)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print(" | ".join(f"{key} {value:,.6g}" for key, value in result.items()))
+    text = " | ".join(f"{key} {value:,.6g}" for key, value in result.items())
+    print(json.dumps(result) if as_json else text)
 
 
 if __name__ == "__main__":

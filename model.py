@@ -119,13 +119,20 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Table(nn.Embedding):
+    """Not drawn at construction, which on the meta device would import torch.compile's front end, a
+    second of every start."""
+
+    def reset_parameters(self) -> None: ...
+
+
 class Embedding(nn.Module):
     """Tokens and their learned positions."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Embedding(config.max_position_embeddings, config.width)
+        self.tokens = Table(config.vocab_size, config.width)
+        self.positions = Table(config.max_position_embeddings, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         # float() for the sake of its gradient: a CPU sums a bf16 one in bf16, as in LayerNorm

@@ -25,8 +25,7 @@ def main() -> None:
 def train(config: Configuration, world: World) -> None:
     with world.together():
         start = find_start(config, world)
-        resolve = partial(plan.resolve, start.config, start.chosen, here=world.here)
-        planned = resolve() if world.rank == 0 else None
+        planned = None if world.rank else plan.resolve(start.config, start.chosen, here=world.here)
     planned = world.gather(planned)[0]
     config = planned.config
     out_dir = Path(config.out_dir)

@@ -57,6 +57,33 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
     ]
 
 
+@torch.no_grad()
+def adamw_step(
+    config: Configuration,
+    rate: float,
+    number: int,
+    weight_decay: float,
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+) -> None:
+    """PyTorch's fused AdamW, in place, fp32; number: of updates, this one included. Its function
+    and not its class, which imports torch.compile's front end, a second of every start."""
+    before = torch.full((len(weights),), number - 1.0, device=weights[0].device)
+    adamw(
+        *(weights, gradients, exp_avgs, exp_avg_sqs, [], list(before.unbind())),
+        fused=True,
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=rate,
+        weight_decay=weight_decay,
+        eps=config.adam_epsilon,
+        maximize=False,
+    )
+
+
 @dataclass
 class Update:
     """One AdamW step, for state that comes in pieces."""
@@ -78,15 +105,5 @@ class Update:
             (state[:, decaying:], 0.0),
         ):
             weight, exp_avg, exp_avg_sq, gradient = ([row] for row in piece)
-            before = torch.full((), self.number - 1.0, device=state.device)
-            adamw(
-                *(weight, gradient, exp_avg, exp_avg_sq, [], [before]),
-                fused=True,
-                amsgrad=False,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                lr=self.learning_rate,
-                weight_decay=weight_decay,
-                eps=self.config.adam_epsilon,
-                maximize=False,
-            )
+            step = (self.learning_rate, self.number, weight_decay)
+            adamw_step(self.config, *step, weight, gradient, exp_avg, exp_avg_sq)

@@ -19,7 +19,7 @@ from engines import (
     run_steps,
     sum_losses,
 )
-from engines.optimizer import BETAS, MOMENTS, clip_factor, parameter_groups, square_sum
+from engines.optimizer import MOMENTS, adamw_step, clip_factor, decays, square_sum
 from model import GPT, derive_seed
 
 
@@ -45,13 +45,9 @@ class ResidentEngine:
         self._place()
         if updates is not None and self.training:
             self.updates = updates
-            for name, parameter in self.master.named_parameters():
-                moments = {
-                    moment: read_tensor(read, f"{moment}.{name}", parameter.shape).to(self.device)
-                    for moment in MOMENTS
-                }
-                step = torch.tensor(float(updates), device=self.device)
-                self.optimizer.state[parameter] = {"step": step, **moments}
+            for moment in MOMENTS:
+                for name, tensor in self.moments[moment].items():
+                    tensor.copy_(read_tensor(read, f"{moment}.{name}", tensor.shape))
 
     def _place(self) -> None:
         """Moves the weights to the device and makes what computes with them."""
@@ -61,13 +57,12 @@ class ResidentEngine:
             self.model = copy.deepcopy(self.master).bfloat16()
             for parameter in self.model.parameters():
                 parameter.grad_dtype = torch.float32  # sums of micro-batches lose digits in bf16
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.master.parameters(), self.config.weight_decay),
-            lr=self.config.learning_rate,
-            betas=BETAS,
-            eps=self.config.adam_epsilon,
-            fused=True,
-        )
+        self.moments = {
+            moment: {
+                name: torch.zeros_like(p.detach()) for name, p in self.master.named_parameters()
+            }
+            for moment in (MOMENTS if self.training else ())
+        }
 
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
@@ -94,15 +89,16 @@ class ResidentEngine:
     def _update(self, loss: float, rate: float) -> float:
         """Clips, steps and returns the norm; a step that is not finite changes nothing."""
         grads = [p.grad for p in self.model.parameters()]
-        for master, grad in zip(self.master.parameters(), grads, strict=True):
-            master.grad = grad
         norm = torch.stack([square_sum(grad) for grad in grads]).sum().sqrt().item()
         if np.isfinite(loss) and np.isfinite(norm):
             torch._foreach_mul_(grads, clip_factor(self.config, norm))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
             self.updates += 1
+            moments = (self.moments[moment].values() for moment in MOMENTS)
+            state = list(zip(self.master.parameters(), grads, *moments, strict=True))
+            for weight_decay, decaying in ((self.config.weight_decay, True), (0.0, False)):
+                if rows := [row for row in state if decays(row[0]) == decaying]:
+                    columns = map(list, zip(*rows, strict=True))
+                    adamw_step(self.config, rate, self.updates, weight_decay, *columns)
             self._refresh()
         torch._foreach_zero_(grads)
         return norm
@@ -126,16 +122,8 @@ class ResidentEngine:
             for moment in MOMENTS:
                 yield (
                     f"{moment}.{unit}",
-                    {
-                        f"{moment}.{name}": self._moment(p, moment).cpu()
-                        for name, p in named.items()
-                    },
+                    {f"{moment}.{name}": self.moments[moment][name].cpu() for name in named},
                 )
 
-    def _moment(self, parameter: Tensor, moment: str) -> Tensor:
-        """Before the first update there are none yet: zeros."""
-        state = self.optimizer.state.get(parameter)
-        return state[moment] if state else torch.zeros_like(parameter, requires_grad=False)
-
     def close(self) -> None:
-        self.master = self.model = self.optimizer = None
+        self.master = self.model = self.moments = None

@@ -146,7 +146,7 @@ def test_clips_in_every_step(dataset):
     """The original clipped in the first step alone: with a tiny norm Adam's steps must not change,
     but its second moments stay as tiny as the clipped gradients."""
     _, engine = train(engine_config(max_gradient_norm=1e-3), dataset)
-    total = sum(state["exp_avg_sq"].sum() for state in engine.optimizer.state.values())
+    total = sum(moment.sum() for moment in engine.moments["exp_avg_sq"].values())
     assert 0 < total <= 1.001e-6
 
 
@@ -156,11 +156,17 @@ def test_seed_seeds_the_weights_and_the_data(dataset):
 
 
 def test_decay_is_for_matrices_only(dataset):
-    _, engine = train(engine_config(weight_decay=0.5), dataset, 1)
-    decaying, others = engine.optimizer.param_groups
-    assert (decaying["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
-    assert all(p.dim() == 2 for p in decaying["params"])
-    assert all(p.dim() == 1 for p in others["params"])
+    engines = [train(engine_config(weight_decay=w), dataset, 1)[1] for w in (0.0, 0.5)]
+    first = open_engine(engine_config())
+    first.initialize()
+    rate = learning_rate(engine_config(), 1)
+    for weight, decayed, before in zip(
+        *(engine.master.parameters() for engine in (*engines, first)), strict=True
+    ):
+        lost = weight - decayed
+        expected = rate * 0.5 * before if before.dim() == 2 else torch.zeros_like(before)
+        assert torch.allclose(lost, expected, rtol=0, atol=1e-7)
+        assert before.dim() == 1 or lost.abs().max() > 1e-6
 
 
 def test_a_step_that_is_not_finite_changes_nothing(dataset):
