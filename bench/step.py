@@ -1,8 +1,9 @@
 """Tokens a second of our training step and of Hugging Face's GPT-2, in turns on the same machine.
 
-python bench/step.py [--width 768 --depth 4 --tokens 2048 --rounds 3]. Both sides run fp32 with
-AdamW, clipping and the same shape and tokens; the best of the rounds counts, as machines are noisy.
-The roof is the rate of a matrix product, measured in the same minute.
+python bench/step.py [--width 768 --depth 4 --tokens 2048 --rounds 3 --precision auto]. All sides
+have the same shape, tokens and precision, AdamW and clipping; theirs are eager and compiled, in
+bf16 under autocast. The best of the rounds counts, as machines are noisy. The roof is the rate of
+a matrix product, measured in the same minute.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +26,13 @@ from engines import open_engine
 from export import hugging_face_config
 
 
-def main(width: int = 768, depth: int = 4, tokens: int = 2048, rounds: int = 3) -> None:
+def main(
+    width: int = 768,
+    depth: int = 4,
+    tokens: int = 2048,
+    rounds: int = 3,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
     config = Configuration(
         width=width,
         depth=depth,
@@ -32,13 +40,17 @@ def main(width: int = 768, depth: int = 4, tokens: int = 2048, rounds: int = 3) 
         max_position_embeddings=1024,
         sequence_length=1024,
         batch_size=tokens // 1024,
-        precision="fp32",
+        precision=precision,
     )
     config = plan.resolve(config, {}).config
-    sides = {"gigaGPT": ours(config), "transformers": theirs(config)}
+    sides = {
+        "gigaGPT": ours(config),
+        "transformers": theirs(config),
+        "transformers, compiled": theirs(config, compiled=True),
+    }
     seconds = alternate(sides, rounds)
     roof = machine.peak_flops(config.backend, config.precision)
-    result = {"roof_gflops": roof / 1e9, "tokens": tokens}
+    result = {"precision": config.precision, "roof_gflops": roof / 1e9, "tokens": tokens}
     for name, taken in seconds.items():
         rate = tokens / min(taken)
         result[name] = {
@@ -46,9 +58,9 @@ def main(width: int = 768, depth: int = 4, tokens: int = 2048, rounds: int = 3) 
             "mfu": rate * plan.flops_per_token(config) / roof,
             "spread": max(taken) / min(taken),
         }
-        print(f"{name:>12}: {rate:8.1f} tokens/s, MFU {result[name]['mfu']:.1%}", file=sys.stderr)
-    rates = [result[name]["tokens_per_second"] for name in sides]
-    result["ratio"] = rates[0] / rates[1]
+        print(f"{name:>22}: {rate:8.1f} tokens/s, MFU {result[name]['mfu']:.1%}", file=sys.stderr)
+    rates = {name: result[name]["tokens_per_second"] for name in sides}
+    result["ratios"] = {name: rates["gigaGPT"] / rate for name, rate in rates.items()}
     print(json.dumps(result))
 
 
@@ -85,17 +97,21 @@ def ours(config: Configuration):
     return lambda: next(steps)
 
 
-def theirs(config: Configuration):
+def theirs(config: Configuration, compiled: bool = False):
     from transformers import GPT2LMHeadModel
 
     device = "cuda" if config.backend == "GPU" else "cpu"
     model = GPT2LMHeadModel(hugging_face_config(config)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    run = torch.compile(model) if compiled else model
+    cast = torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
 
     def step() -> None:
         ids, _ = batch(config)
         ids = torch.from_numpy(ids).to(device)
-        model(ids, labels=ids).loss.backward()
+        with cast:
+            loss = run(ids, labels=ids).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
