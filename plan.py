@@ -6,7 +6,6 @@ docs/streaming.md and docs/scale-out.md; bench/streaming.py holds it against wha
 """
 
 import json
-import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
-from math import ceil, log2, prod
+from math import ceil, log2, nan, prod
 from pathlib import Path
 
 import torch
@@ -95,7 +94,7 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, here: in
     `auto` replaced.
 
     `chosen` holds what an earlier part of the run chose, which is kept. Raises UserError for what
-    this machine doesn't have, what is not built yet, and what does not fit.
+    this machine doesn't have and what does not fit.
     """
     config = resolve_device(config, chosen)
     if config.engine == "cerebras":
@@ -133,26 +132,28 @@ def resolve_device(config: Configuration, chosen: dict) -> Configuration:
         raise UserError("backend: GPU was asked for and there is none; take --backend CPU")
     config = replace(config, backend=backend, engine=engine)
     check_engine(config)
-    precision = config.precision
+    return replace(config, precision=resolve_precision(config, chosen.get("precision")))
+
+
+def resolve_precision(config: Configuration, earlier: str | None) -> str:
+    """What was asked for, what an earlier part of the run chose, or what is faster here."""
     only = None
-    if engine == "cerebras":
-        only = "bf16" if backend == "CSX" else "fp32"
+    if config.engine == "cerebras":
+        only = "bf16" if config.backend == "CSX" else "fp32"
     elif not hasattr(torch.Tensor, "grad_dtype"):  # torch 2.4 would sum gradients in bf16
         only = "fp32"
-    if only is not None:
-        if precision not in ("auto", only):
-            raise UserError(
-                f"precision: {precision} is not for engine {engine} on {backend} with torch "
-                f"{torch.__version__}; take {only}"
-            )
-        precision = only
-    if precision == "auto":
-        precision = chosen.get("precision") or faster_precision(config, backend)
-    return replace(config, precision=precision)
+    if only is not None and config.precision not in ("auto", only):
+        raise UserError(
+            f"precision: {config.precision} is not for engine {config.engine} on {config.backend} "
+            f"with torch {torch.__version__}; take {only}"
+        )
+    if config.precision != "auto":
+        return config.precision
+    return only or earlier or faster_precision(config, config.backend)
 
 
 def check_engine(config: Configuration) -> None:
-    """Raises UserError for an engine that is not built or not for so many systems."""
+    """Raises UserError for what an engine does not do."""
     if config.engine == "cerebras" and config.backend == "CPU" and config.num_systems > 1:
         raise UserError(
             f"num_systems: {config.num_systems}, but the cerebras engine on a CPU is one; take "
@@ -202,9 +203,9 @@ def on_cluster(config: Configuration) -> Plan:
     # input workers read it from another folder
     config = replace(config, dataset=str(Path(config.dataset).absolute()))
     machine = Machine(
-        "Cerebras", "CSX", **nothing, program=0, **dict.fromkeys(RATES, math.nan), systems=1
+        "Cerebras", "CSX", **nothing, program=0, **dict.fromkeys(RATES, nan), systems=1
     )
-    return Plan(config, machine, nothing, 0, 0, math.nan, math.nan, HIDDEN)
+    return Plan(config, machine, nothing, 0, 0, nan, nan, HIDDEN)
 
 
 def faster_precision(config: Configuration, backend: str) -> str:
