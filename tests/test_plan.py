@@ -159,14 +159,14 @@ def test_bad_arguments(run, config):
     ids=["resident", "streaming"],
 )
 def test_memory_is_what_was_planned(tmp_path, keys):
-    """Within 15%, in processes of their own, the middle of three, as the heap is a matter of luck
-    (docs/log.md); bench/streaming.py plan shows larger models."""
+    """Within 15%, in processes of their own; bench/streaming.py plan shows larger models."""
+    tries = 3 if keys["engine"] == "resident" else 1  # whose heap is a matter of luck (docs/log.md)
     keys |= {"width": 512, "depth": 4, "heads": 8, "sequence_length": 1024, "batch_size": 2}
     command = [sys.executable, "bench/streaming.py", "one", "--keys", json.dumps(keys)]
     measured = []
-    for _ in range(3):
+    for _ in range(tries):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
         measured.append(told["measured"]["bytes"])
-    assert sorted(measured)[1] == pytest.approx(told["planned"]["bytes"], rel=0.15)
+    assert sorted(measured)[tries // 2] == pytest.approx(told["planned"]["bytes"], rel=0.15)
