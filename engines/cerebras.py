@@ -320,6 +320,8 @@ def open_backend(config: Configuration, folder: Path) -> cstorch.backend:
         csx.performance.micro_batch_size = config.micro_batch_size or "auto"
         csx.debug.compile_crd_memory_gi = cluster.compile_crd_memory_gi
         csx.debug.execute_crd_memory_gi = cluster.execute_crd_memory_gi
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"cluster: {error}") from None
     backend = cstorch.backend(
