@@ -8,6 +8,9 @@ LAST := $(OUT)/checkpoint_$(shell sed -n 's/^num_steps: //p' configs/demo.yaml).
 # Cerebras's package needs another torch, so its environment is another: outside the clone, by its contents.
 CEREBRAS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/cerebras-$(shell git hash-object requirements-cerebras.txt | cut -c1-12)
 
+# The peers of make bench that want other versions than ours of what we share.
+PEERS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/peers-$(shell git hash-object requirements-bench.txt | cut -c1-12)
+
 .PHONY: install demo test test-cerebras lint loc bench clean
 
 install: .venv/installed
@@ -47,13 +50,25 @@ lint: install
 loc:
 	$(PYTHON) bench/loc.py
 
-# Our training step beside Hugging Face's, streaming beside resident, two systems beside one.
-bench: install
-	$(BIN)/python bench/step.py
-	$(BIN)/python bench/streaming.py speed
+# Our training step beside its peers', streaming beside resident and what offloads, each in a process of
+# its own, in turns (docs/performance.md). NANOGPT and GIGAGPT name checkouts, for more sides.
+BENCH := $(BIN)/python bench/compare.py --out out/bench.jsonl --peers_python $(PEERS)/bin/python
+NANOGPT_SIDES := [nanogpt-train,nanogpt-fp32,nanogpt-bf16,nanogpt-bf16-compiled]
+bench: install $(PEERS)/installed
+	mkdir -p out
+	$(BENCH) --sides "[transformers,transformers-compiled,litgpt-compiled]"
+	$(if $(NANOGPT),$(BENCH) --nanogpt $(NANOGPT) --sides "$(NANOGPT_SIDES)")
+	$(if $(GIGAGPT),$(BENCH) --gigagpt $(GIGAGPT) --sides "[gigagpt-fp32]")
+	$(BENCH) --tokens 16384 --rounds 2 --base streaming-disk --sides \
+		"[resident,streaming-ram,fsdp-offload,deepspeed-cpu,deepspeed-nvme]"
 	$(BIN)/python bench/streaming.py memory
 	$(BIN)/python bench/streaming.py plan
 	$(BIN)/python bench/scaling.py cores
+
+$(PEERS)/installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -r requirements-bench.txt
+	touch $@
 
 clean:
 	rm -rf .venv out/demo .pytest_cache .ruff_cache

@@ -42,7 +42,9 @@ class Configuration(GPTConfig):
         num_systems: number of GPUs or systems to train on
         max_restarts: how often to go on from the newest checkpoint when one of several is lost
         timeout: seconds in a step after which a silent system is lost; null: 120 or three steps
-        precision: of the matrix products; weights and optimizer are fp32 always
+        precision: of the matrix products; weights and optimizer are fp32 always; tf32: on GPUs
+        compile: the blocks with torch.compile; auto: on a GPU, as it takes a C++ compiler and a
+            minute, and gains nothing on a CPU
         memory_limit: such as 20GB; null: what the machine or its container has
         stream_to: where the streaming engine keeps weights and optimizer
         stream_dir: folder for its files, on a fast disk; null: out_dir
@@ -79,7 +81,8 @@ class Configuration(GPTConfig):
     num_systems: int = 1
     max_restarts: int = 0
     timeout: int | None = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
     memory_limit: str | None = None
     stream_to: Literal["auto", "ram", "disk"] = "auto"
     stream_dir: str | None = None

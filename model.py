@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100  # a target that is not counted: the padding of the last evaluation window
+from loss import IGNORE, ChunkedLoss, cross_entropy
 
 
 @dataclass
@@ -144,6 +144,7 @@ class GPT(nn.Module):
     """A decoder-only transformer. Weights are not drawn at construction: see `init_unit`."""
 
     loss_rows = 1024  # positions whose logits exist at one time
+    cross_entropy = staticmethod(cross_entropy)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -187,22 +188,21 @@ class GPT(nn.Module):
         return F.dropout(self.embedding(ids), self.config.dropout, self.training)
 
     def head(self, x: Tensor) -> Tensor:
-        """(..., width) -> logits (..., vocab_size)."""
+        """(..., width) -> logits (..., vocab_size). `loss` overwrites them with their gradient: the
+        last operation must not be one whose own gradient needs its result, such as a tanh."""
         return F.linear(self.norm(x), self.embedding.tokens.weight)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The last block's output (batch, length, width), targets (batch, length) -> the sum, not
         the mean, of the cross-entropies in nats, fp32; targets equal to IGNORE are not counted."""
         x, targets = x.flatten(0, 1), targets.flatten()
-        if len(x) > self.loss_rows and torch.is_grad_enabled():
+        if len(x) >= self.loss_rows and torch.is_grad_enabled():
             weights = [*self.embedding.parameters(), *self.norm.parameters()]
             return ChunkedLoss.apply(self, x, targets, *weights)
         chunks = zip(x.split(self.loss_rows), targets.split(self.loss_rows), strict=True)
-        return torch.stack([self._cross_entropy(*chunk) for chunk in chunks]).sum()
-
-    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        logits = self.head(x).float()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        kind = {"ignore_index": IGNORE, "reduction": "sum"}
+        losses = [F.cross_entropy(self.head(x).float(), y, **kind) for x, y in chunks]
+        return torch.stack(losses).sum()
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, dropout_seed: int = 0) -> Tensor:
         """Without targets the logits (batch, length, vocab_size), else the sum of the losses."""
@@ -212,37 +212,6 @@ class GPT(nn.Module):
             self.seed_dropout(dropout_seed, i + 1)
             x = block(x)
         return self.head(x) if targets is None else self.loss(x, targets)
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """The loss of `GPT.loss` with the gradients taken chunk by chunk on the way forward, so that
-    the logits of one chunk alone exist at any time, and nothing is computed twice."""
-
-    @staticmethod
-    def forward(ctx, model: GPT, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
-        total = torch.zeros((), device=x.device)
-        x_grad = torch.empty_like(x)
-        sums = [None] * len(weights)
-        for begin in range(0, len(x), model.loss_rows):
-            rows = slice(begin, begin + model.loss_rows)
-            with torch.enable_grad():
-                chunk = x[rows].detach().requires_grad_()
-                loss = model._cross_entropy(chunk, targets[rows])
-                x_grad[rows], *grads = torch.autograd.grad(
-                    loss, (chunk, *weights), allow_unused=True
-                )
-            total += loss.detach()
-            for i, grad in enumerate(grads):
-                if grad is not None:
-                    sums[i] = grad.float() if sums[i] is None else sums[i].add_(grad)
-        ctx.grads = (x_grad, *sums)
-        return total
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        grads, ctx.grads = ctx.grads, None
-        x_grad, *sums = (grad if grad is None else grad.mul_(scale) for grad in grads)
-        return None, x_grad, None, *sums
 
 
 def derive_seed(*parts: object) -> int:

@@ -6,19 +6,23 @@ docs/streaming.md and docs/scale-out.md; bench/streaming.py holds it against wha
 """
 
 import json
+import os
 import re
+import shutil
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from math import ceil, log2, nan, prod
 from pathlib import Path
 
 import torch
 
 from configuration import MODEL_KEYS, Configuration, parse_configuration
+from engines import LOSS_ROWS
 from engines.store import BUFFERS, CHUNK, remove_abandoned
 from errors import UserError, command
 from machine import (
@@ -38,7 +42,14 @@ MOST_TOKENS = {"CPU": 2048, "GPU": 32768}  # in a micro-batch: more is hardly fa
 EFFICIENCY = {"CPU": 0.7, "GPU": 0.5}
 # A logit: itself, its log-softmax and two gradients in fp32, in bf16 itself and one gradient too;
 # on a CPU as the heap grew when it kept what was freed (docs/log.md)
-LOGIT_BYTES = {("GPU", "fp32"): 16, ("GPU", "bf16"): 20, ("CPU", "fp32"): 29, ("CPU", "bf16"): 24}
+LOGIT_BYTES = {
+    ("GPU", "fp32"): 16,
+    ("GPU", "tf32"): 16,
+    ("GPU", "bf16"): 20,
+    ("CPU", "fp32"): 29,
+    ("CPU", "bf16"): 24,
+}
+CHUNKED_LOGIT_BYTES = 8  # itself and its gradient in one place, and one in fp32 (loss.py)
 # Times what comes and goes, that is what it takes in a CPU's heap, whose holes are not filled; by
 # `reshard`, which makes it come and go more often (docs/log.md)
 HOLES = {True: 2.0, False: 1.2}
@@ -132,7 +143,10 @@ def resolve_device(config: Configuration, chosen: dict) -> Configuration:
         raise UserError("backend: GPU was asked for and there is none; take --backend CPU")
     config = replace(config, backend=backend, engine=engine)
     check_engine(config)
-    return replace(config, precision=resolve_precision(config, chosen.get("precision")))
+    precision = resolve_precision(config, chosen.get("precision"))
+    return replace(
+        config, precision=precision, compile=resolve_compile(config, chosen.get("compile"))
+    )
 
 
 def resolve_precision(config: Configuration, earlier: str | None) -> str:
@@ -142,6 +156,10 @@ def resolve_precision(config: Configuration, earlier: str | None) -> str:
         only = "bf16" if config.backend == "CSX" else "fp32"
     elif not hasattr(torch.Tensor, "grad_dtype"):  # torch 2.4 would sum gradients in bf16
         only = "fp32"
+    if "tf32" in (config.precision, earlier) and config.backend != "GPU":
+        if config.precision == "tf32":
+            raise UserError(f"precision: tf32 is of GPUs, not of {config.backend}; take fp32")
+        earlier = "fp32"
     if only is not None and config.precision not in ("auto", only):
         raise UserError(
             f"precision: {config.precision} is not for engine {config.engine} on {config.backend} "
@@ -150,6 +168,22 @@ def resolve_precision(config: Configuration, earlier: str | None) -> str:
     if config.precision != "auto":
         return config.precision
     return only or earlier or faster_precision(config, config.backend)
+
+
+def resolve_compile(config: Configuration, earlier: bool | None) -> bool:
+    """What was asked for, what an earlier part of the run chose, or where it is faster: on a GPU.
+    The last two only where there are the compilers it takes."""
+    there = bool(os.environ.get("CXX")) or any(map(shutil.which, ("g++", "clang++")))
+    if config.backend == "GPU":
+        there = there and find_spec("triton") is not None
+    if config.compile is not True:
+        wanted = config.backend == "GPU" or bool(earlier)
+        return config.compile == "auto" and config.engine != "cerebras" and wanted and there
+    if config.engine == "cerebras":
+        raise UserError("compile: the cerebras engine compiles in its own way; leave it out")
+    if not there:
+        raise UserError("compile: true needs a C++ compiler, and there is no g++; leave it out")
+    return True
 
 
 def check_engine(config: Configuration) -> None:
@@ -528,12 +562,12 @@ def activation_bytes(config: Configuration) -> int:
 
 
 def head_bytes(config: Configuration, training: bool = True) -> int:
-    """The logits of 1,024 positions with what their loss takes, and the gradient of the embedding
-    from a chunk, from all chunks, and from the lookup."""
-    rows = config.sequence_length * micro_batch(config)
-    if config.engine != "cerebras":
-        rows = min(GPT.loss_rows, rows)
-    logits = LOGIT_BYTES[config.backend, config.precision] * rows * config.vocab_size
+    """The logits of LOSS_ROWS positions with what their loss takes, and the gradient of the
+    embedding from a chunk, from all chunks, and from the lookup."""
+    rows, each = config.sequence_length * micro_batch(config), None
+    if config.engine != "cerebras" and rows >= LOSS_ROWS[config.backend]:
+        rows, each = LOSS_ROWS[config.backend], CHUNKED_LOGIT_BYTES if training else None
+    logits = (each or LOGIT_BYTES[config.backend, config.precision]) * rows * config.vocab_size
     return logits + (3 * 4 * config.vocab_size * config.width if training else 0)
 
 
@@ -541,14 +575,20 @@ def head_bytes(config: Configuration, training: bool = True) -> int:
 
 
 def step_flops(config: Configuration) -> float:
-    """Floating-point operations of a step: 2 a parameter and token forward, and attention's own (on
-    average half of the positions are seen: 2 · length · width a token and block), twice that
-    backward, and the blocks once more if they are computed again."""
+    """Floating-point operations of a step: those of its blocks, and 6 a parameter and token outside
+    of them."""
+    tokens = config.batch_size * config.sequence_length
+    return 6 * tokens * sizes(config)[0] + block_flops(config)
+
+
+def block_flops(config: Configuration) -> float:
+    """Of a step's blocks: 2 a parameter and token forward, and attention's own (on average half of
+    the positions are seen: 2 · length · width a token and block), twice that backward, and once
+    more if they are computed again."""
     tokens = config.batch_size * config.sequence_length
     attention = 2 * config.sequence_length * config.width * config.depth
-    blocks = 2 * sizes(config)[2] + attention
-    again = blocks if config.engine in RECOMPUTING and config.recompute is True else 0
-    return tokens * (3 * (2 * count(config) + attention) + again)
+    again = config.engine in RECOMPUTING and config.recompute is True
+    return (4 if again else 3) * tokens * (2 * sizes(config)[2] + attention)
 
 
 def flops_per_token(config: Configuration) -> int:

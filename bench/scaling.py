@@ -1,8 +1,7 @@
-"""The sharded engine beside others: python bench/scaling.py WHAT
+"""The sharded engine: python bench/scaling.py cores
 
-cores: two systems of one core each beside one system of two, on the shape of 111m, with the same
-global batch. offload: FSDP2 with its shards in host memory beside streaming from it, on one GPU, on
-the shape of 1p3b. The sides take turns, each time in processes of their own, and the best step
+Two systems of one core each beside one system of two, on the shape of 111m, with the same
+global batch. The sides take turns, each time in processes of their own, and the best step
 counts, as machines are noisy. The share of communication is what PyTorch's profiler finds in FSDP's
 gathering and reducing, in one more step.
 """
@@ -10,13 +9,14 @@ gathering and reducing, in one more step.
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from step import alternate, ours
+from peers import RandomBatches, running
 
 import plan
 from configuration import Configuration
@@ -24,20 +24,12 @@ from metrics import memory_used
 from systems import joined
 
 SHAPE_111M = {"width": 768, "depth": 10, "heads": 12}
-SHAPE_1P3B = {"width": 2048, "depth": 24, "heads": 16}
 EXCHANGES = ("FSDP::all_gather", "FSDP::post_backward_reduce", "FSDP::all_gather_copy_out")
 
 
 def cores(tokens: int = 8192, rounds: int = 3, steps: int = 2) -> None:
     same = {**SHAPE_111M, "sequence_length": 1024, "batch_size": tokens // 1024, "backend": "CPU"}
     compare({f"{n} systems": {**same, "num_systems": n} for n in (1, 2)}, rounds, steps)
-
-
-def offload(tokens: int = 16384, rounds: int = 3, steps: int = 3) -> None:
-    same = {**SHAPE_1P3B, "sequence_length": 2048, "batch_size": tokens // 2048, "backend": "GPU"}
-    streaming = {"engine": "streaming", "stream_to": "ram"}
-    fsdp = {"engine": "sharded", "offload": True}
-    compare({"FSDP2 offload": same | fsdp, "streaming": same | streaming}, rounds, steps)
 
 
 def compare(sides: dict[str, dict], rounds: int, steps: int) -> None:
@@ -70,11 +62,12 @@ def one(keys: str, steps: int) -> None:
     with joined(config, training=False) as world:
         planned = plan.resolve(config, {}, here=world.here) if world.rank == 0 else None
         config = world.gather(planned)[0].config
-        step = ours(config)
-        seconds = alternate({"it": step}, steps)["it"]
+        running_steps = running(config, partial(RandomBatches, config))
+        next(running_steps)  # to warm up
+        seconds = [next(running_steps).seconds for _ in range(steps)]
         gigabytes = memory_used() / 1e9
         with torch.profiler.profile() as profiler:
-            step()
+            next(running_steps)
         times = {event.key.split(" ")[0]: event.cpu_time_total for event in profiler.key_averages()}
         exchanged = sum(time for key, time in times.items() if key in EXCHANGES) / 1e6
         if world.rank == 0:
@@ -84,4 +77,4 @@ def one(keys: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli({"cores": cores, "offload": offload, "one": one}, as_positional=False)
+    auto_cli({"cores": cores, "one": one}, as_positional=False)

@@ -1,22 +1,21 @@
-"""Streaming beside resident training, on this machine: python bench/streaming.py WHAT
+"""What streaming takes on this machine: python bench/streaming.py WHAT
 
-speed: tokens a second of resident, streaming from disk and streaming from RAM, in turns, on the
-shape of 111m at 16,384 tokens a step, and their ratios. memory: peak resident memory at depth 4, 8,
-16 and 32, width 1,024, streamed from disk and recomputed: it must not grow. plan: the planner's
-memory and seconds a step beside what was measured, for resident and streaming configurations.
+memory: peak resident memory at depth 4, 8, 16 and 32, width 1,024, streamed from disk and
+recomputed: it must not grow. plan: the planner's memory and seconds a step beside what was
+measured, for resident and streaming configurations.
 """
 
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from step import alternate, ours
+from peers import RandomBatches, running
 
 import plan
 from configuration import Configuration
@@ -26,42 +25,12 @@ SHAPE_111M = {"width": 768, "depth": 10, "heads": 12}
 SMALL = {"width": 512, "depth": 8, "heads": 8, "precision": "fp32"}
 
 
-def speed(tokens: int = 16384, rounds: int = 2, precision: str = "auto") -> None:
-    """The three engines in turns; the best of the rounds counts, as machines are noisy."""
-    with TemporaryDirectory() as folder:
-        asked = Configuration(
-            **SHAPE_111M,
-            sequence_length=1024,
-            batch_size=tokens // 1024,
-            micro_batch_size=2,
-            precision=precision,
-            engine="resident",
-            out_dir=folder,
-        )
-        config = plan.resolve(asked, {}).config
-        sides = {"resident": ours(config)}
-        for store in ("disk", "ram"):
-            streaming = replace(asked, engine="streaming", stream_to=store)
-            sides[store] = ours(plan.resolve(streaming, {}).config)
-        seconds = alternate(sides, rounds)
-    best = {name: min(taken) for name, taken in seconds.items()}
-    result = {
-        name: {
-            "tokens_per_second": tokens / best[name],
-            "ratio": best["resident"] / best[name],
-            "spread": max(taken) / best[name],
-        }
-        for name, taken in seconds.items()
-    }
-    print(json.dumps({"precision": config.precision, "tokens": tokens, **result}))
-
-
 def one(keys: str, steps: int = 3) -> None:
     """Runs some steps of a configuration, given as JSON, and prints the plan and what it was."""
     with TemporaryDirectory() as folder:
         planned = plan.resolve(Configuration(**json.loads(keys), out_dir=folder), {})
-        step = ours(planned.config)
-        seconds = [step().seconds for _ in range(steps)]
+        running_steps = running(planned.config, partial(RandomBatches, planned.config))
+        seconds = [next(running_steps).seconds for _ in range(steps)]
     # the store goes past the page cache, so that the process's own memory is all there is
     measured = {"bytes": memory_used(), "seconds": min(seconds[1:])}
     told = {"bytes": planned.bytes["device"], "seconds": planned.seconds}
@@ -109,4 +78,4 @@ def plans() -> None:
 
 
 if __name__ == "__main__":
-    auto_cli({"speed": speed, "memory": memory, "plan": plans, "one": one}, as_positional=False)
+    auto_cli({"memory": memory, "plan": plans, "one": one}, as_positional=False)

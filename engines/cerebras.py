@@ -68,7 +68,7 @@ class CerebrasEngine:
         with self.backend.device:
             self.model = GPT(config)
         # the compiler cuts the batch to what fits: a loop over chunks would only be unrolled
-        self.model.loss_rows = config.batch_size * config.sequence_length
+        self.model.loss_rows = config.batch_size * config.sequence_length + 1
         if self.backend.is_csx:  # it draws its own masks: a seed for each step is another graph
             self.model.seed_dropout = lambda seed, layer: None
             torch.manual_seed(config.seed)

@@ -30,17 +30,22 @@ def decay_steps(config: Configuration) -> int:
     return config.decay_steps or max(1, config.num_steps - config.warmup_steps)
 
 
-def clip_factor(config: Configuration, norm: float) -> float:
-    """What a gradient of this global norm is multiplied with."""
-    return min(1.0, config.max_gradient_norm / (norm + 1e-6))
+def clip_factor(config: Configuration, norm: Tensor) -> Tensor:
+    """What a gradient of this global norm is multiplied with, fp32."""
+    return (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0).float()
 
 
-def square_sum(tensor: Tensor) -> Tensor:
-    """Of all numbers, fp64, from norms of 1,024 at a time: in one piece a CPU's fp32 norm of 38
-    million numbers was 0.3% too small (docs/log.md)."""
-    flat = tensor.flatten()
-    pieces, rest = flat[: len(flat) // 1024 * 1024].view(-1, 1024), flat[len(flat) // 1024 * 1024 :]
-    return torch.cat([pieces.norm(dim=1), rest.norm()[None]]).double().square().sum()
+def square_sum(tensors: list[Tensor]) -> Tensor:
+    """Of all numbers, fp64. On a CPU from norms of 1,024 at a time: in one piece its fp32 norm of
+    38 million numbers was 0.3% too small (docs/log.md)."""
+    if tensors[0].is_cuda:
+        return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+    sums = []
+    for flat in (tensor.flatten() for tensor in tensors):
+        whole = len(flat) // 1024 * 1024
+        norms = [flat[:whole].view(-1, 1024).norm(dim=1), flat[whole:].norm()[None]]
+        sums.append(torch.cat(norms).double().square().sum())
+    return torch.stack(sums).sum()
 
 
 def decays(parameter: Tensor) -> bool:
@@ -67,13 +72,16 @@ def adamw_step(
     gradients: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    skip: Tensor | None = None,
 ) -> None:
-    """PyTorch's fused AdamW, in place, fp32; number: of updates, this one included. Its function
-    and not its class, which imports torch.compile's front end, a second of every start."""
+    """PyTorch's fused AdamW, in place, fp32. number: of updates, this one included; skip: if it is
+    1, nothing changes, which only the device has to know. Its function and not its class, which
+    imports torch.compile's front end, a second of every start."""
     before = torch.full((len(weights),), number - 1.0, device=weights[0].device)
     adamw(
         *(weights, gradients, exp_avgs, exp_avg_sqs, [], list(before.unbind())),
         fused=True,
+        found_inf=skip,
         amsgrad=False,
         beta1=BETAS[0],
         beta2=BETAS[1],

@@ -15,6 +15,7 @@ from engines import (
     StepStats,
     draw_units,
     micro_batches,
+    prepare_compute,
     read_tensor,
     run_steps,
     sum_losses,
@@ -57,6 +58,7 @@ class ResidentEngine:
             self.model = copy.deepcopy(self.master).bfloat16()
             for parameter in self.model.parameters():
                 parameter.grad_dtype = torch.float32  # sums of micro-batches lose digits in bf16
+        prepare_compute(self.config, self.model, self.training)
         self.moments = {
             moment: {
                 name: torch.zeros_like(p.detach()) for name, p in self.master.named_parameters()
@@ -68,40 +70,42 @@ class ResidentEngine:
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
         def one_step(step: int, ids: np.ndarray, targets: np.ndarray, rate: float) -> tuple:
-            loss = self._accumulate(ids, targets, step, progress) / targets.size
-            return loss, self._update(loss, rate)
+            return self._update(self._accumulate(ids, targets, step, progress), rate)
 
         self.model.train()
         yield from run_steps(self.config, batches(0, 1), start, stop, one_step)
 
     def _accumulate(
         self, ids: np.ndarray, targets: np.ndarray, step: int, progress: Callable[[float], None]
-    ) -> float:
-        """Leaves the gradient of the mean loss in the model, returns the sum of the losses."""
+    ) -> Tensor:
+        """Leaves the gradient of the mean loss in the model, and returns that loss, fp64."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, (x, y) in enumerate(micro_batches(self.config, self.device, ids, targets)):
             loss = self.model(x, y, derive_seed(self.config.seed, step, number))
             (loss / targets.size).backward()
             total += loss.detach()
             progress(min(1.0, (number + 1) * self.config.micro_batch_size / len(ids)))
-        return total.item()
+        return total / targets.size
 
-    def _update(self, loss: float, rate: float) -> float:
-        """Clips, steps and returns the norm; a step that is not finite changes nothing."""
+    def _update(self, loss: Tensor, rate: float) -> tuple[float, float]:
+        """Clips and steps; returns the loss and the norm. A step that is not finite changes
+        nothing: the device sees to that, and is waited for once, when all of the step is queued."""
         grads = [p.grad for p in self.model.parameters()]
-        norm = torch.stack([square_sum(grad) for grad in grads]).sum().sqrt().item()
-        if np.isfinite(loss) and np.isfinite(norm):
-            torch._foreach_mul_(grads, clip_factor(self.config, norm))
-            self.updates += 1
-            moments = (self.moments[moment].values() for moment in MOMENTS)
-            state = list(zip(self.master.parameters(), grads, *moments, strict=True))
-            for weight_decay, decaying in ((self.config.weight_decay, True), (0.0, False)):
-                if rows := [row for row in state if decays(row[0]) == decaying]:
-                    columns = map(list, zip(*rows, strict=True))
-                    adamw_step(self.config, rate, self.updates, weight_decay, *columns)
-            self._refresh()
-        torch._foreach_zero_(grads)
-        return norm
+        norm = square_sum(grads).sqrt()
+        torch._foreach_mul_(grads, clip_factor(self.config, norm))
+        skip = (~(loss + norm).isfinite()).float()
+        moments = (self.moments[moment].values() for moment in MOMENTS)
+        state = list(zip(self.master.parameters(), grads, *moments, strict=True))
+        for weight_decay, decaying in ((self.config.weight_decay, True), (0.0, False)):
+            if rows := [row for row in state if decays(row[0]) == decaying]:
+                columns = map(list, zip(*rows, strict=True))
+                step = (rate, self.updates + 1, weight_decay)
+                adamw_step(self.config, *step, *columns, skip)
+        self._refresh()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.updates += int(1 - skip.item())
+        return loss.item(), norm.item()
 
     @torch.no_grad()
     def _refresh(self) -> None:

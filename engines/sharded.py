@@ -25,6 +25,7 @@ from engines import (
     StepStats,
     draw_units,
     micro_batches,
+    prepare_compute,
     read_tensor,
     run_steps,
     sum_losses,
@@ -55,6 +56,7 @@ class ShardedEngine:
         self.rows = -(-config.batch_size // self.world)  # of the system that has most
         with torch.device("meta"):
             self.model = GPT(config)
+        prepare_compute(config, self.model, training)
         self._shard()
         self.model.to_empty(device="cpu" if config.offload else self.device)
         self.parameters = dict(self.model.named_parameters())
@@ -140,9 +142,9 @@ class ShardedEngine:
     ) -> Iterator[StepStats]:
         def one_step(step: int, ids: np.ndarray, targets: np.ndarray, rate: float) -> tuple:
             loss = self._accumulate(*self._pad(ids, targets), step, progress)
-            squares = torch.stack([square_sum(_local(p.grad)) for p in self.parameters.values()])
+            squares = square_sum([_local(p.grad) for p in self.parameters.values()])
             # one sum over the systems; every copy holds the same gradients
-            sums = torch.stack([loss, squares.sum().to(self.device) * self.shards / self.world])
+            sums = torch.stack([loss, squares.to(self.device) * self.shards / self.world])
             dist.all_reduce(sums, group=self.group)
             loss, norm = sums[0].item(), sums[1].sqrt().item()
             self._update(loss, norm, rate)
@@ -181,7 +183,8 @@ class ShardedEngine:
         """Clips and steps; a step that is not finite changes nothing."""
         if np.isfinite(loss) and np.isfinite(norm):
             grads = [parameter.grad for parameter in self.parameters.values()]
-            torch._foreach_mul_(grads, clip_factor(self.config, norm))
+            clip = clip_factor(self.config, torch.tensor(norm, dtype=torch.float64))
+            torch._foreach_mul_(grads, clip.item())
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()

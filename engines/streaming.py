@@ -30,6 +30,7 @@ from engines import (
     StepStats,
     draw_units,
     micro_batches,
+    prepare_compute,
     read_tensor,
     run_steps,
     sum_losses,
@@ -151,6 +152,7 @@ class StreamingEngine:
             self.weights[unit] = Array(layout.size, self.dtype, self.device)
             _mount(self.modules[unit], layout.views(self.weights[unit].tensor))
             self.weights[unit].free()
+        prepare_compute(self.config, self.model, self.training)
 
     def _put(self, unit: str, kind: slice, flat: Tensor) -> None:
         for index, (begin, end) in enumerate(self.store.spans(unit)):
@@ -260,7 +262,7 @@ class StreamingEngine:
                 part = gradient[begin:end]
                 if add:
                     part += chunk.data[0].to(self.device, non_blocking=True)
-                squares.append(square_sum(part))
+                squares.append(square_sum([part]))
                 chunk.data[0].copy_(part, non_blocking=True)
             done = record(self.streams, self.outward)
             self.store.give_back(chunk, done, write=slice(0, 1))
@@ -281,7 +283,7 @@ class StreamingEngine:
             loss, norm = self._accumulate(ids, targets, step, progress)
             if math.isfinite(loss) and math.isfinite(norm):
                 self.updates += 1
-                clip = clip_factor(self.config, norm)
+                clip = clip_factor(self.config, torch.tensor(norm, dtype=torch.float64)).item()
                 self.update = Update(self.config, rate, clip, self.updates)
                 self.stale = set(self.modules)
             return loss, norm

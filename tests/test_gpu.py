@@ -6,6 +6,7 @@ from conftest import records
 from test_sharded import command
 from test_train import close, engine_config, train
 
+import engines
 from engines import store
 
 pytestmark = [
@@ -15,8 +16,29 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def exact_products():
-    torch.backends.cuda.matmul.allow_tf32 = False
+def loss_in_chunks(monkeypatch):
+    """As models of a real size have it."""
+    monkeypatch.setattr(engines, "LOSS_ROWS", {"CPU": 16, "GPU": 16})
+
+
+@pytest.mark.parametrize("keys", [{"compile": True}, {"precision": "tf32"}])
+def test_faster_steps_follow_plain_ones(dataset, keys):
+    tolerance = 0.02 if "precision" in keys else 1e-5
+    plain, fast = (train(engine_config(backend="GPU", **k), dataset)[0] for k in ({}, keys))
+    for a, b in zip(plain, fast, strict=True):
+        assert close(b.loss, a.loss, tolerance)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(dataset):
+    """What decides is on the device."""
+    engine = train(engine_config(backend="GPU"), dataset, 3)[1]
+    before = [p.detach().clone() for p in engine.master.parameters()]
+    for parameter in engine.model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    engine._update(torch.tensor(1.0, dtype=torch.float64, device="cuda"), 1e-2)
+    assert engine.updates == 3
+    for a, b in zip(before, engine.master.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_fp32_equals_the_cpu(dataset):

@@ -1,0 +1,50 @@
+"""The cross-entropy over a large vocabulary, without its logits in memory all at one time."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # a target that is not counted: the padding of the last evaluation window
+
+
+@torch.no_grad()
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, fp32, and its gradient, which takes the place of the logits: PyTorch's
+    own would have three more tensors of that size (docs/log.md)."""
+    p = logits.float()
+    torch.log_softmax(p, -1, out=p)
+    loss = F.nll_loss(p, targets, ignore_index=IGNORE, reduction="sum")
+    p.exp_()[torch.arange(len(p), device=p.device), targets.clamp(min=0)] -= 1
+    return loss, logits.copy_(p).mul_((targets != IGNORE)[:, None])
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The loss of `GPT.loss` with the gradients taken chunk by chunk on the way forward, so that
+    the logits of one chunk alone exist at any time, once, and nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, model: nn.Module, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
+        total = torch.zeros((), device=x.device)
+        x_grad = torch.empty_like(x)
+        sums = [None] * len(weights)
+        for begin in range(0, len(x), model.loss_rows):
+            rows = slice(begin, begin + model.loss_rows)
+            with torch.enable_grad():
+                chunk = x[rows].detach().requires_grad_()
+                logits = model.head(chunk)
+            loss, grad = model.cross_entropy(logits.detach(), targets[rows])
+            inputs = (chunk, *weights)
+            x_grad[rows], *grads = torch.autograd.grad(logits, inputs, grad, allow_unused=True)
+            total += loss
+            for i, grad in enumerate(grads):
+                if grad is not None:
+                    sums[i] = grad.float() if sums[i] is None else sums[i].add_(grad)
+            del logits, grad, grads  # before the next chunk's
+        ctx.grads = (x_grad, *sums)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        grads, ctx.grads = ctx.grads, None
+        x_grad, *sums = (grad if grad is None else grad.mul_(scale) for grad in grads)
+        return None, x_grad, None, *sums

@@ -1,0 +1,78 @@
+"""The benchmarks run: what they measure is not looked at, but for what a side must not do."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, refused, worked
+
+
+def bench(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def results(out) -> dict[str, dict]:
+    lines = (out / "results.jsonl").read_text().splitlines()
+    return {line["name"]: line for line in map(json.loads, lines)}
+
+
+def test_sides_train_the_same_shape(tmp_path):
+    """Eight sequences of random tokens in two steps: the loss is near that of a guess."""
+    shape = ["--width", 64, "--depth", 2, "--vocab_size", 257, "--sequence_length", 64]
+    sides = ["--sides", "[streaming-disk,transformers,fsdp-offload]", "--name", "it"]
+    run = ["--tokens", 512, "--rounds", 1, "--out", tmp_path / "results.jsonl"]
+    worked(bench("bench/compare.py", *shape, *run, *sides))
+    line = results(tmp_path)["it"]
+    assert line["roof"] > 1e9
+    assert set(line["sides"]) == {"resident", "streaming-disk", "transformers", "fsdp-offload"}
+    for name, side in line["sides"].items():
+        assert abs(side["loss"] - 5.55) < 0.5, name
+        assert side["tokens_per_second"] > 0 and side["peak_bytes"] > 1e8, name
+        assert side["loader"] < 0.5, name
+        assert name == "resident" or side["lowest"] <= side["ratio"] * 1.01, name
+
+
+def test_the_picture_shows_every_side(tmp_path):
+    line = {"parameters": 1000, "roof": 1e9, "sides": {"resident": {"tokens_per_second": 5.0}}}
+    more = {"parameters": 2000, "roof": 1e9, "sides": {"peer": {"error": "it failed"}}}
+    (tmp_path / "lines").write_text(f"{json.dumps(line)}\n{json.dumps(more)}\n")
+    worked(bench("bench/picture.py", tmp_path / "lines", tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_side_that_fails_says_why(tmp_path):
+    shape = ["--width", 64, "--depth", 1, "--vocab_size", 257, "--sequence_length", 64]
+    (tmp_path / "train.py").touch()
+    seen = worked(
+        bench(
+            *("bench/compare.py", *shape, "--tokens", 64, "--rounds", 1),
+            *("--nanogpt", tmp_path, "--sides", "[nanogpt-bf16]"),
+        )
+    )
+    assert "nanogpt-bf16            failed: TypeError: GPTConfig.__init__() got an unexp" in seen
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--sides", "[torchtitan]"], "sides: torchtitan is not known; known are resident, "),
+        (["--sides", "[litgpt-compiled]"], "sides: litgpt-compiled needs --peers_python"),
+        (["--sides", "[nanogpt-bf16]"], "sides: nanogpt-bf16 needs --nanogpt and a folder"),
+    ],
+)
+def test_sides_that_cannot_be(flags, message):
+    refused(bench("bench/compare.py", *flags), message)
+
+
+@pytest.mark.long
+def test_the_gpu_script_on_tiny_models(tmp_path):
+    worked(bench("bench/gpu.py", "--toy", "true", "--out", tmp_path))
+    lines = results(tmp_path)
+    sides = [side for line in lines.values() for side in line["sides"].values()]
+    assert len(sides) == 17 and not [side for side in sides if "error" in side]
+    blocks, attention = 2 * (12 * 64**2 + 13 * 64), 2 * 64 * 64 * 2
+    held = lines["streaming-6p7b-16k"]["sides"]["held-block"]
+    flops = held["hardware_flops"] * 256 / held["tokens_per_second"]
+    assert flops == pytest.approx(4 * 256 * (2 * blocks + attention))

@@ -1,0 +1,64 @@
+"""Compiled blocks against eager ones, in every engine that has them."""
+
+import pytest
+import torch
+from conftest import records
+from test_sharded import command
+from test_streaming import equal_runs, streaming_config
+from test_train import close, engine_config, refused, train
+
+import engines
+from engines import open_engine
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def loss_in_chunks(monkeypatch):
+    """As models of a real size have it."""
+    monkeypatch.setattr(engines, "LOSS_ROWS", {"CPU": 16})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiled_blocks_equal_eager_ones(dataset, tmp_path, dropout):
+    """Dropout's masks too, so that a recomputed block draws those of its forward pass."""
+    same = {"depth": 3, "dropout": dropout, "micro_batch_size": 2}
+    expected, _ = train(engine_config(**same), dataset, STEPS)
+    compiled = engine_config(**same, compile=True)
+    equal_runs(expected, train(compiled, dataset, STEPS)[0])
+    for recompute in (True, False):
+        config = streaming_config(tmp_path, **same, compile=True, recompute=recompute)
+        stats, engine = train(config, dataset, STEPS)
+        engine.close()
+        equal_runs(expected, stats)
+
+
+def test_one_compilation_serves_all_blocks(dataset):
+    graphs = []
+    for depth in (2, 6):
+        torch._dynamo.reset()
+        engine = open_engine(engine_config(depth=depth, compile=True))
+        engine.initialize()
+        ids = torch.zeros(2, 32, dtype=torch.int64)
+        torch._dynamo.utils.counters.clear()
+        engine.model(ids, ids).backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+
+
+@pytest.mark.long
+def test_compiled_shards(config, tmp_path):
+    seen = {}
+    for name, more in {"eager": [], "compiled": ["--compile", "true"]}.items():
+        flags = ["--num_systems", 2, "--out_dir", tmp_path / name, *more]
+        flags += ["--dropout", 0.2, "--recompute", "true"]
+        command("train", config.path, *flags)
+        seen[name] = records(tmp_path / name)
+    for a, b in zip(*seen.values(), strict=True):
+        assert close(b["loss"], a["loss"], 1e-5)
+
+
+def test_compiling_takes_a_compiler(run, config, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    refused(run("train", config.path, "--compile", "true"), "needs a C++ compiler, and there is no")
