@@ -32,7 +32,7 @@ def main(results: str, picture: str) -> None:
         axes.plot(sizes, rates, "o-" if ours else "x:", label=name, linewidth=2 if ours else 1)
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="tokens a second")
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="lower left")
     figure.tight_layout()
     figure.savefig(picture, dpi=100)
 
