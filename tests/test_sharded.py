@@ -224,11 +224,15 @@ def workers(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in path.read_text().split()]
 
 
-def await_steps(process: subprocess.Popen, count: int, seen: list[str]) -> None:
-    """Until so many more steps are told, or the end."""
+def await_lines(process: subprocess.Popen, words: str, count: int, seen: list[str]) -> None:
+    """Until so many more lines have these words, or the end."""
     while count and (line := process.stdout.readline()):
         seen.append(line)
-        count -= " | loss " in line
+        count -= words in line
+
+
+def await_steps(process: subprocess.Popen, count: int, seen: list[str]) -> None:
+    await_lines(process, " | loss ", count, seen)
 
 
 def test_a_lost_system_ends_the_run(config):
@@ -289,6 +293,8 @@ def test_lost_systems_restart_the_run(run, config, tmp_path, request):
         await_steps(process, source.randint(1, 12), seen)
         time.sleep(source.uniform(0, 0.1))
         os.kill(source.choice(workers(process)), signal.SIGKILL)
+        # lines that are still in the pipe are not of the next start: two kills would be one loss
+        await_lines(process, "restarting: ", 1, seen)
     rest = end(process)
     assert rest.status == 0, rest.err
     out = "".join(seen) + rest.out
