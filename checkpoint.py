@@ -1,9 +1,14 @@
 """Checkpoints: folders of safetensors files and a manifest that is written last.
 
 `checkpoint_{step}.mdl/manifest.json` names every tensor with its shape and the parts of it in the
-files, every file with its size and SHA-256, the step, the configuration and the tokenizer. A folder
-is written under another name and renamed when it is whole, and renamed before it is deleted: one of
-this name is always whole. Nothing that is read can run code.
+files, every file with its size and SHA-256, the step, the configuration and the tokenizer, and ends
+in a checksum of itself. A folder is written under another name and renamed when it is whole, and
+renamed before it is deleted: one of this name is always whole. Nothing that is read can run code,
+leads out of the folder, or takes more memory than its file has bytes.
+
+    python checkpoint.py verify DIR
+
+checks every byte of a checkpoint, or of all in a folder.
 
 Several systems write one together, each the rows that it has. `world` is what they are: its `rank`,
 `gather(value)`, the values of all by rank, and `together()`, in which an error of one is every
@@ -12,23 +17,28 @@ one's (systems.py).
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
+from jsonargparse import auto_cli
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from errors import UserError
+from configuration import check_types
+from errors import UserError, command
+from files import read_sealed, write_sealed
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
@@ -41,12 +51,16 @@ def checkpoint_path(out_dir: Path, step: int) -> Path:
 
 def find_checkpoints(out_dir: Path) -> dict[int, Path]:
     """The checkpoints of a folder by step, oldest first."""
-    found = {}
-    for path in out_dir.glob("checkpoint_*.mdl"):
-        match = re.fullmatch(r"checkpoint_(\d+)\.mdl", path.name)
-        if match and (path / MANIFEST).is_file():
-            found[int(match[1])] = path
+    paths = out_dir.glob("checkpoint_*.mdl")
+    found = {step_of(path): path for path in paths if (path / MANIFEST).is_file()}
+    found.pop(None, None)
     return dict(sorted(found.items()))
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint's name; None where it is no such name."""
+    match = re.fullmatch(r"checkpoint_(\d{1,18})\.mdl", path.name)
+    return int(match[1]) if match else None
 
 
 @contextmanager
@@ -107,7 +121,8 @@ def save(
 ) -> Path:
     """Writes a checkpoint and deletes all but the newest `keep`.
 
-    progress: step, updates (steps that changed the weights) and train_tokens (in the dataset).
+    progress: step, updates (steps that changed the weights), train_tokens (in the dataset) and
+    recent (losses and norms of the last steps, for the guard against spikes).
     state: (name of a file, its tensors by name), emptied once they are written; of a tensor that
     several systems have, each gives the rows that follow those of the rank before it. The
     tokenizer of config["dataset"] is carried along. A checkpoint that is already there is left as
@@ -178,8 +193,7 @@ def _finish(path: Path, writing: Path, manifest: dict, written: list[tuple]) -> 
         shutil.copyfile(tokenizer, writing / TOKENIZER)
         files[TOKENIZER] = _describe(writing / TOKENIZER)
         _sync(writing / TOKENIZER)
-    content = json.dumps(manifest | {"files": files, "tensors": tensors}, indent=1)
-    (writing / MANIFEST).write_text(content, encoding="utf-8")
+    write_sealed(writing / MANIFEST, manifest | {"files": files, "tensors": tensors})
     _sync(writing / MANIFEST)
     _sync(writing)
     writing.rename(path)
@@ -225,21 +239,28 @@ class Checkpoint:
         if not (self.path / MANIFEST).is_file():
             raise UserError(f"{self.path} is not a checkpoint of gigaGPT: it has no {MANIFEST}")
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_sealed(self.path / MANIFEST)
             if manifest["format"] != FORMAT:
-                raise UserError(f"{self.path} has format {manifest['format']}, not {FORMAT}")
-            self.step, self.updates = int(manifest["step"]), int(manifest["updates"])
-            self.train_tokens = int(manifest["train_tokens"])
+                raise ValueError(f"its format is {manifest['format']}, not {FORMAT}")
+            self.step, self.updates = _count(manifest["step"]), _count(manifest["updates"])
+            self.train_tokens = _count(manifest["train_tokens"])
+            self.recent = [(float(loss), float(norm)) for loss, norm in manifest["recent"]]
             self.config, self.files = dict(manifest["config"]), dict(manifest["files"])
             self.tensors = dict(manifest["tensors"])
+            check_types(self.config)
             for name, entry in self.files.items():
-                self._check_size(name, entry["bytes"])
+                self._check_file(name, _count(entry["bytes"]), str(entry["sha256"]))
+            room = {name: entry["bytes"] for name, entry in self.files.items()}
             for name, entry in self.tensors.items():
-                self._check_cover(name, entry)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+                self._check_tensor(name, entry, room)
+        except OSError as error:
+            raise self._damaged(f"{MANIFEST} can't be read ({error.strerror})") from None
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
-            raise self._damaged(f"{MANIFEST} can't be understood") from None
+            raise self._damaged(f"{MANIFEST}: {error}"[:200]) from None
+        if step_of(self.path) not in (None, self.step):
+            raise self._damaged(f"it is of step {self.step}, and was given another name")
         self._verified: set[str] = set()
 
     def verify(self, rank: int, world: int) -> None:
@@ -251,27 +272,37 @@ class Checkpoint:
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path} is damaged: {what}; delete it to go on from the one before")
 
-    def _check_size(self, name: str, size: int) -> None:
-        if Path(name).name != name:
-            raise self._damaged(f"file name {name!r}")
+    def _check_file(self, name: str, size: int, sha256: str) -> None:
         file = self.path / name
+        if Path(name).name != name or name == ".." or file.is_symlink():
+            raise self._damaged(f"file name {name!r} leads out of it")
         if not file.is_file():
             raise self._damaged(f"{name} is missing")
         if file.stat().st_size != size:
             raise self._damaged(f"{name} has {file.stat().st_size:,} bytes, not {size:,}")
 
-    def _check_cover(self, name: str, entry: dict) -> None:
-        """Every row of every tensor must be held exactly once."""
-        row = 0
+    def _check_tensor(self, name: str, entry: dict, room: dict[str, int]) -> None:
+        """Every row must be held exactly once, in a file that has room for it; `room` shrinks."""
+        shape, row = [_count(size) for size in entry["shape"]], 0
+        if entry["dtype"] != "float32":
+            raise self._damaged(f"{name} is of {entry['dtype']!r}")
         for part in sorted(entry["parts"], key=lambda part: part["rows"]):
-            if part["file"] not in self.files or part["rows"][0] != row:
+            first, last = map(_count, part["rows"])
+            if part["file"] not in self.files or first != row or last <= first:
                 raise self._damaged(f"rows from {row} of {name} are not held exactly once")
-            row = part["rows"][1]
-        if row != entry["shape"][0]:
+            row = last
+            room[part["file"]] -= 4 * (last - first) * prod(shape[1:])
+            if room[part["file"]] < 0:
+                raise self._damaged(f"{part['file']} is too small for {name}")
+        if row != shape[0]:
             raise self._damaged(f"rows from {row} of {name} are missing")
 
     def _verify(self, name: str) -> None:
-        if _describe(self.path / name)["sha256"] != self.files[name]["sha256"]:
+        try:
+            found = _describe(self.path / name)["sha256"]
+        except OSError as error:
+            raise self._damaged(f"{name} can't be read ({error.strerror})") from None
+        if found != self.files[name]["sha256"]:
             raise self._damaged(f"{name} was changed (its checksum differs)")
         self._verified.add(name)
 
@@ -297,13 +328,53 @@ class Checkpoint:
             with safe_open(self.path / part["file"], framework="pt") as file:
                 whole = file.get_slice(name)
                 found, shape = whole.get_shape(), self.tensors[name]["shape"]
-                if found != [last - first, *shape[1:]]:
-                    raise self._damaged(f"{name} has shape {found} in {part['file']}")
+                if found != [last - first, *shape[1:]] or whole.get_dtype() != "F32":
+                    raise self._damaged(
+                        f"{name} is {whole.get_dtype()} of shape {found} in {part['file']}"
+                    )
                 return whole[low - first : high - first]
-        except SafetensorError as error:
-            raise self._damaged(str(error)) from None
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(f"{part['file']}: {error}") from None
 
     @property
     def tokenizer(self) -> Path | None:
         """The file of its tokenizer, unless the model was trained without one."""
-        return self.path / TOKENIZER if TOKENIZER in self.files else None
+        if TOKENIZER not in self.files:
+            return None
+        self._verify(TOKENIZER)
+        return self.path / TOKENIZER
+
+
+def _count(value: object) -> int:
+    """A number of things from JSON."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a number of things")
+    return value
+
+
+def verify(folder: Path) -> int:
+    """Check every byte of a checkpoint, or of all in a folder; status 1 if one is damaged.
+
+    Args:
+        folder: a checkpoint, or the out_dir of a run
+    """
+    paths = [path for path in folder.glob("checkpoint_*.mdl") if step_of(path) is not None]
+    if (folder / MANIFEST).is_file() or not paths:
+        paths = [folder]
+    status = 0
+    for path in sorted(paths, key=lambda path: (step_of(path) or 0, path)):
+        try:
+            checkpoint = Checkpoint(path)
+            for name in tqdm(checkpoint.files, path.name, unit="file", leave=False, disable=None):
+                checkpoint._verify(name)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+        else:
+            size = sum(entry["bytes"] for entry in checkpoint.files.values())
+            print(f"{path} is whole: {len(checkpoint.files)} files, {size / 1e9:,.3f} GB")
+    return status
+
+
+if __name__ == "__main__":
+    command(lambda: auto_cli({"verify": verify}, exit_on_error=False))

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from cluster import CLUSTER_KEYS, Cluster
 from errors import UserError
+from files import replacing
 from model import GPTConfig
 
 
@@ -36,6 +37,8 @@ class Configuration(GPTConfig):
         weight_decay: of AdamW, on matrices and embeddings only
         adam_epsilon: of AdamW
         max_gradient_norm: global norm to which gradients are clipped
+        skip_loss_spikes: leave out the update of a step whose loss or gradient norm is 6 standard
+            deviations above the mean of the 128 steps before it
         seed: of the weights, the order of the data and dropout
         backend: where to run; auto takes a GPU when there is one
         engine: how to run; auto asks the planner
@@ -75,6 +78,7 @@ class Configuration(GPTConfig):
     weight_decay: float = 0.1
     adam_epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
+    skip_loss_spikes: bool = False
     seed: int = 0
     backend: Literal["auto", "CPU", "GPU", "CSX"] = "auto"
     engine: Literal["auto", "resident", "streaming", "sharded", "cerebras"] = "auto"
@@ -166,6 +170,17 @@ def parse_configuration(description: str, **more: type) -> tuple[Configuration, 
         raise UserError(" ".join(message.split())) from None
 
 
+def check_types(values: dict) -> None:
+    """Raises ValueError where a key of a stored configuration has a value of the wrong type."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Configuration)
+    known = {field.name for field in fields(Configuration)}
+    try:
+        parser.parse_object({key: value for key, value in values.items() if key in known})
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 def read_yaml(path: str | Path) -> dict:
     """The keys and values of a configuration file."""
     try:
@@ -179,7 +194,8 @@ def read_yaml(path: str | Path) -> dict:
 
 def write_configuration(config: Configuration, path: Path) -> None:
     """Writes a file that is a configuration again."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    with replacing(path) as writing:
+        writing.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
 
 
 def _check_keys(keys: list[str], prefix: str, *more: str) -> None:

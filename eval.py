@@ -26,7 +26,7 @@ def evaluate(config: Configuration, world: World, as_json: bool) -> None:
         checkpoint = find_checkpoint(config, world)
         if checkpoint is None:
             raise UserError("which checkpoint? add --checkpoint_path model_dir/checkpoint_10.mdl")
-        config = with_model(config, model_config(checkpoint.config))
+        config = with_model(config, model_config(checkpoint))
         if world.rank == 0:
             config = plan.resolve(config, {}, False, world.here).config
         data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
@@ -42,8 +42,8 @@ def evaluate(config: Configuration, world: World, as_json: bool) -> None:
     loss = loss_sum / count
     result = {"step": checkpoint.step, "loss": loss, "perplexity": perplexity(loss)}
     result["tokens"] = count
-    if size := tokens.meta.get("bytes", {}).get("val"):
-        result["bits_per_byte"] = loss * tokens.count / size / math.log(2)
+    if tokens.text_bytes:
+        result["bits_per_byte"] = loss * tokens.count / tokens.text_bytes / math.log(2)
     text = " | ".join(f"{key} {value:,.6g}" for key, value in result.items())
     print(json.dumps(result) if as_json else text)
 

@@ -105,13 +105,13 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
 
     source = config.init_from
     try:
-        theirs = AutoConfig.from_pretrained(source)
+        theirs = AutoConfig.from_pretrained(source, trust_remote_code=False)
         for key, values in OF_GPT2.items():
             if (value := getattr(theirs, key, None)) not in values:
                 raise ValueError(f"this model can't be it, as its {key} is {value}")
         disable_progress_bar()
         theirs_model, report = GPT2LMHeadModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, use_safetensors=True
         )
         if report["missing_keys"]:
             raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}")
@@ -143,7 +143,12 @@ def load_tokenizer(checkpoint: Checkpoint):
         raise UserError(f"{checkpoint.path} has no tokenizer.json: its dataset had none")
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.tokenizer))
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.tokenizer))
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower one
+        raise UserError(f"{checkpoint.path}/tokenizer.json is not a tokenizer: {error}") from None
     if END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
     return tokenizer
@@ -168,7 +173,7 @@ def load_model(checkpoint: Checkpoint):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = hugging_face_config(model_config(checkpoint.config))
+    config = hugging_face_config(model_config(checkpoint))
     weights = dict(hugging_face_tensors(checkpoint))
     model = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=weights).eval()
     if torch.cuda.is_available():
@@ -187,7 +192,7 @@ def export(checkpoint_path: str, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; take another --out")
     checkpoint = Checkpoint(checkpoint_path)
-    config = model_config(checkpoint.config)
+    config = model_config(checkpoint)
     hugging_face_config(config).save_pretrained(out)
     if checkpoint.tokenizer is not None:
         tokenizer = load_tokenizer(checkpoint)

@@ -6,13 +6,17 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from engines import StepStats
+from errors import explain
+from files import replacing
 
 
 def say(message: str) -> None:
@@ -34,6 +38,18 @@ def watch(
     return tqdm(items, what, total, unit=unit, mininterval=60, delay=60, bar_format=form)
 
 
+@contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """An error in it is told, and training goes on."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := explain(error)) is None:  # a bug, which somebody will want to see
+            traceback.print_exc()
+            reason = type(error).__name__
+        say(f"note: {what} failed ({reason}); training goes on")
+
+
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
@@ -41,7 +57,7 @@ def perplexity(loss: float) -> float:
 class Silence:
     """The metrics of a system that leaves them to the first."""
 
-    def log(self, stats: StepStats) -> None: ...
+    def log(self, stats: StepStats, places: list[int]) -> None: ...
     def log_evaluation(self, step: int, val_loss: float) -> None: ...
     def progress(self, fraction: float) -> None: ...
     def draw(self) -> None: ...
@@ -57,24 +73,24 @@ class Metrics:
     def __init__(
         self, out_dir: Path, start: int, stop: int, flops_per_token: int, peak_flops: float
     ):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.out_dir, self.start, self.stop = out_dir, start, stop
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.path = out_dir / "metrics.jsonl"
-        kept = self.path.with_suffix(".jsonl.writing")
-        with open(kept, "w") as file:
+        with replacing(self.path) as kept, open(kept, "w") as file:
             file.writelines(_line(r) for r in read_records(self.path) if r["step"] <= start)
-        os.replace(kept, self.path)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
-        self.events = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1)
+        self.file, self.unwritten = open(self.path, "ab", buffering=0), b""  # noqa: SIM115
+        self.events = None
+        with harmless("TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1)
         # None: a bar on a terminal alone; a log has its lines
         self.bar = tqdm(total=stop, initial=start, unit="step", disable=None, dynamic_ncols=True)
         self.began = self.told = time.monotonic()
         self.done = start
 
-    def log(self, stats: StepStats) -> None:
-        """A finished step."""
+    def log(self, stats: StepStats, places: list[int]) -> None:
+        """A finished step; `places` is where the sequences of its batch begin in train.bin."""
         rate = stats.tokens / stats.seconds
         mfu = rate * self.flops_per_token / self.peak_flops
         self._record(
@@ -84,6 +100,7 @@ class Metrics:
             grad_norm=stats.grad_norm,
             tokens_per_second=rate,
             mfu=mfu,
+            **({} if stats.counted else {"sequences": places}),
         )
         self.done = stats.step
         say(
@@ -91,11 +108,19 @@ class Metrics:
             f"| norm {stats.grad_norm:.3f} | {rate:,.0f} tokens/s | "
             + ("" if math.isnan(mfu) else f"MFU {mfu:.1%} | ")
             + f"{memory_used() / 1e9:.2f} GB | {self._left(0)} left"
-            + ("" if stats.finite else " | not finite: this step changed nothing")
+            + ("" if stats.counted else f" | {self._skipped(stats, places)}")
         )
         self.bar.set_postfix_str("", refresh=False)
         self.bar.update(1)
         self.told = time.monotonic()
+
+    def _skipped(self, stats: StepStats, places: list[int]) -> str:
+        shown = ", ".join(f"{place}" for place in places[:4])
+        more = f" and {len(places) - 4} more (metrics.jsonl)" if len(places) > 4 else ""
+        return (
+            f"{'a spike' if stats.finite else 'not finite'}: this step changed nothing; its "
+            f"sequences begin at tokens {shown}{more} of train.bin"
+        )
 
     def progress(self, fraction: float) -> None:
         """The part of the current step that is done: on the bar, or in a line a minute."""
@@ -121,14 +146,35 @@ class Metrics:
         )
         self.draw()
 
-    def _record(self, step: int, **values: float) -> None:
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self.file.write(_line({"step": step, **finite}))
+    def _record(self, step: int, **values: float | list[int]) -> None:
+        numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
+        if self.events is not None:
+            events, self.events = self.events, None  # once it has failed it is left alone
+            with harmless("TensorBoard"):
+                for name, value in numbers.items():
+                    events.add_scalar(name, value, step)
+                self.events = events
+        finite = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
+        self.unwritten += _line({"step": step, **values, **finite}).encode()
+        self._write()
+
+    def _write(self) -> None:
+        """Writes what there is; what can't be written is kept, and tried again with the next."""
+        before = len(self.unwritten.splitlines())
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if before == 1:
+                reason = f"{self.path} can't be written ({error.strerror})"
+                say(f"note: {reason}; its lines are kept and tried again")
 
     def draw(self) -> None:
         """Writes loss.png, of everything in metrics.jsonl."""
+        with harmless("the picture"):
+            self._draw()
+
+    def _draw(self) -> None:
         from matplotlib.figure import Figure
 
         axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
@@ -141,14 +187,16 @@ class Metrics:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-        drawing = self.out_dir / "loss.png.writing"
-        figure.savefig(drawing, format="png", dpi=120)
-        os.replace(drawing, self.out_dir / "loss.png")
+        with replacing(self.out_dir / "loss.png") as drawing:
+            figure.savefig(drawing, format="png", dpi=120)
 
     def close(self) -> None:
         self.bar.close()
+        self._write()
         self.file.close()
-        self.events.close()
+        if self.events is not None:
+            with harmless("TensorBoard"):
+                self.events.close()
 
 
 def _line(record: dict) -> str:

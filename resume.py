@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from checkpoint import TOKENIZER, Checkpoint, find_checkpoints
 from configuration import MODEL_KEYS, Configuration
 from dataset import EvalBatches, Tokens, TrainBatches
 from errors import UserError
 from metrics import read_records, say
-from model import GPTConfig
+from model import GPT, GPTConfig
 from systems import World
 
 # Keys that may change freely, and those that the order of the data depends on.
@@ -34,25 +36,33 @@ class Start:
     checkpoint: Checkpoint | None = None
 
     @property
+    def recent(self) -> list[tuple[float, float]]:
+        """Losses and norms of the last steps before it."""
+        return self.checkpoint.recent if self.checkpoint else []
+
+    @property
     def chosen(self) -> dict:
         """The configuration in which an earlier part of the run replaced every `auto`."""
         return self.checkpoint.config if self.checkpoint else {}
 
-    def open_data(self, config: Configuration, world: World) -> tuple[Callable, Callable, Tokens]:
+    def open_data(
+        self, config: Configuration, world: World
+    ) -> tuple[Callable, Callable, TrainBatches]:
         """The batches to train on and those to evaluate on, as functions of (rank, world), and the
-        tokens of the former. They must be the same on every system, and if they are not those that
-        the checkpoint was trained on, it is said."""
+        former as they are for all. They must be the same on every system, and if they are not those
+        that the checkpoint was trained on, it is said."""
         data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
         train_batches = partial(TrainBatches, *data, config.seed)
         val_batches = partial(EvalBatches, *data, config.eval_batches)
         with world.together():  # both are opened here, for their errors
-            tokens, val_tokens = train_batches(0, 1).tokens, val_batches(0, 1).tokens
+            whole, val_tokens = train_batches(0, 1), val_batches(0, 1).tokens
+            tokens = whole.tokens
             if self.checkpoint is not None:
                 check_tokenizer(self.checkpoint, tokens)
         check_same_data(world, tokens, val_tokens)
         if self.checkpoint is not None and self.checkpoint.train_tokens != tokens.count:
             say(f"note: {tokens.path} is not what it was; its order is another from here on")
-        return train_batches, val_batches, tokens
+        return train_batches, val_batches, whole
 
 
 def find_start(config: Configuration, world: World) -> Start:
@@ -61,7 +71,7 @@ def find_start(config: Configuration, world: World) -> Start:
     check_out_dir(Path(config.out_dir), checkpoint)
     if checkpoint is not None:
         if config.init_from is not None:  # then the model is that one, not the configuration's
-            config = with_model(config, model_config(checkpoint.config))
+            config = with_model(config, model_config(checkpoint))
         check_configuration(config, checkpoint)
         origin = f"resumed from {checkpoint.path} at step {checkpoint.step}"
         done = (checkpoint.updates, checkpoint.step)
@@ -138,12 +148,29 @@ def check_same_data(world: World, *tokens: Tokens) -> None:
                 )
 
 
-def model_config(keys: dict) -> GPTConfig:
-    """The shape of the model in a checkpoint's configuration."""
+def model_config(checkpoint: Checkpoint) -> GPTConfig:
+    """The shape of the model in a checkpoint, whose tensors have that shape."""
+    keys, tensors = checkpoint.config, checkpoint.tensors
     try:
-        return GPTConfig(**{key: keys[key] for key in MODEL_KEYS if key in keys})
+        config = GPTConfig(**{key: keys[key] for key in MODEL_KEYS if key in keys})
+        numbers = sum(entry["bytes"] for entry in checkpoint.files.values()) // 4
+        sizes = (config.width, config.vocab_size, config.max_position_embeddings)
+        if config.depth > len(tensors) or max(sizes) > numbers:
+            raise ValueError("it holds no model of that size")
     except (TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint's configuration is not one of a model: {error}") from None
+        raise UserError(
+            f"{checkpoint.path}: its configuration is not its model's: {error}"
+        ) from None
+    with torch.device("meta"):
+        model = GPT(config)
+    for name, parameter in model.named_parameters():
+        found = tensors.get(name, {}).get("shape")
+        if found != list(parameter.shape):
+            raise UserError(
+                f"{checkpoint.path}: {name} has shape {found}, its configuration's is "
+                f"{list(parameter.shape)}: it is of another model"
+            )
+    return config
 
 
 def with_model(config: Configuration, model: GPTConfig) -> Configuration:

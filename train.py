@@ -1,19 +1,21 @@
 """Trains a GPT: python train.py CONFIG [--key value ...]"""
 
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import plan
 from checkpoint import claim, save
 from configuration import Configuration, parse_configuration, write_configuration
-from engines import open_engine
-from errors import StopSignals, command
-from metrics import Metrics, Silence, say, watch
+from engines import StepStats, open_engine
+from errors import StopSignals, UserError, command
+from metrics import Metrics, Silence, harmless, say, watch
 from resume import find_start, lacks_evaluation
 from systems import World, joined
+
+MOST_SKIPPED = 10  # steps in a row that were not finite before training stops
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def train(config: Configuration, world: World) -> None:
     config = planned.config
     out_dir = Path(config.out_dir)
 
-    train_batches, val_batches, tokens = start.open_data(config, world)
+    train_batches, val_batches, whole = start.open_data(config, world)
 
     with claim(out_dir, world), StopSignals(world.size) as signals, ExitStack() as stack:
         say(plan.describe(planned))
@@ -39,6 +41,7 @@ def train(config: Configuration, world: World) -> None:
             engine.initialize(partial(watch, what="starting", unit="unit"))
         else:
             engine.load(start.read, start.updates, partial(watch, what="loading", unit="unit"))
+        engine.recent.extend(start.recent)
         say(start.origin)
         metrics = Silence()
         if world.rank == 0:
@@ -51,31 +54,70 @@ def train(config: Configuration, world: World) -> None:
         def stopping() -> bool:
             return world.agree(signals.stop)
 
-        def save_checkpoint(step: int) -> None:
-            done = {"step": step, "updates": engine.updates, "train_tokens": tokens.count}
+        good = start.checkpoint and start.checkpoint.path  # the newest with weights that work
+
+        def save_checkpoint(stats: StepStats) -> None:
+            nonlocal good
+            done = {"step": stats.step, "updates": engine.updates, "recent": list(engine.recent)}
+            done["train_tokens"] = whole.tokens.count
             state = watch(engine.state(), "saving", "file", 3 * (config.depth + 2))
-            say(f"saved {save(out_dir, state, done, asdict(config), config.keep, world)}")
+            keep = config.keep if stats.finite else None
+            path = save(out_dir, state, done, asdict(config), keep, world)
+            good = path if stats.finite else good
+            say(f"saved {path}")
 
         def evaluate(step: int) -> None:
-            loss, count = engine.evaluate(
-                val_batches, lambda b: takewhile(lambda _: not stopping(), watch(b))
-            )
-            if not stopping():  # else it was cut short
+            failed = False
+
+            def until_stopped(batches: Iterable) -> Iterator:
+                nonlocal failed
+                source, batch = iter(watch(batches)), None
+                while True:
+                    failed = True  # unless the next line is passed
+                    with harmless(f"the evaluation after step {step}"):
+                        batch, failed = next(source, None), False
+                    if world.agree(signals.stop or failed) or batch is None:
+                        return
+                    yield batch
+
+            loss, count = engine.evaluate(val_batches, until_stopped)
+            if not world.agree(signals.stop or failed):  # else it was cut short
                 metrics.log_evaluation(step, loss / count)
 
+        def may_evaluate(step: int) -> None:
+            if world.size > 1:  # others would wait for one that failed: that is for max_restarts
+                evaluate(step)
+                return
+            with harmless(f"the evaluation after step {step}"):
+                evaluate(step)
+
         if world.gather(lacks_evaluation(config, start.checkpoint))[0]:
-            evaluate(start.step)
+            may_evaluate(start.step)
+        skipped, due = 0, False
         for stats in engine.run(train_batches, start.step, config.num_steps, metrics.progress):
-            metrics.log(stats)
+            metrics.log(stats, [] if stats.counted else whole.places(stats.step - 1))
+            skipped = 0 if stats.finite else skipped + 1
+            if skipped == MOST_SKIPPED:
+                with world.together():
+                    raise UserError(
+                        f"stopped at step {stats.step}: {skipped} steps in a row had a loss or "
+                        f"gradient that is not finite; {good or 'no checkpoint'} is the last that "
+                        f"is good: go on from it in another --out_dir, with a lower learning_rate "
+                        f"or another seed"
+                    )
             last = stats.step == config.num_steps
-            saved = last or stats.step % config.checkpoint_steps == 0
-            if saved:
-                save_checkpoint(stats.step)
+            # of weights that may not work the end alone is saved: others may stand there for long
+            can_save = stats.can_save and stats.finite
+            due = due or stats.step % config.checkpoint_steps == 0
+            saved = last or (due and can_save)
+            if saved:  # before anything that may fail
+                save_checkpoint(stats)
+                due = False
             if last or stats.step % config.eval_steps == 0:
-                evaluate(stats.step)
-            if stopping() and stats.can_save:
+                may_evaluate(stats.step)
+            if stopping() and (saved or can_save):
                 if not saved:
-                    save_checkpoint(stats.step)
+                    save_checkpoint(stats)
                 say(f"stopped at step {stats.step}; --checkpoint_path latest goes on from here")
                 break
         metrics.draw()

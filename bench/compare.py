@@ -25,6 +25,7 @@ from peers import SIDES, Task
 
 import plan
 from configuration import Configuration
+from dataset import write_meta
 from errors import UserError, command
 from machine import has_bf16_units
 
@@ -144,8 +145,7 @@ def write_corpus(folder: Path, vocab_size: int) -> None:
     counts = {"train": CORPUS, "val": 100_000}
     for split, count in counts.items():
         random.randint(0, vocab_size, count).astype("<u2").tofile(folder / f"{split}.bin")
-    meta = {"dtype": "uint16", "tokens": counts, "vocab_size": vocab_size}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_meta(folder, {"dtype": "uint16", "vocab_size": vocab_size})
 
 
 def compare(names: list[str], task: Task, rounds: int, peers_python: str | None) -> dict:

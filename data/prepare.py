@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
+from dataset import write_meta
 from errors import UserError, command
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -188,7 +189,6 @@ def write(
         "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
         "vocab_size": tokenizer.get_vocab_size(),
         "dtype": dtype.name,
-        "tokens": {},
         "bytes": {},  # of UTF-8 text, for bits per byte
         "documents": {name: len(documents) for name, documents in splits.items()},
         "source": source,
@@ -213,10 +213,9 @@ def write(
         with open(f"{temporary}/{name}.bin", "wb") as file:
             for table in encoded.with_format("arrow").iter(1):
                 table["ids"].combine_chunks().flatten().to_numpy().tofile(file)
-            meta["tokens"][name] = file.tell() // dtype.itemsize
         meta["bytes"][name] = sum(encoded["bytes"])
     Path(temporary, "tokenizer.json").write_bytes(tokenizer.to_str().encode())
-    Path(temporary, "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    meta = write_meta(Path(temporary), meta)
 
     (folder / "meta.json").unlink(missing_ok=True)
     for file in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):

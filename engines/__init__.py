@@ -3,6 +3,7 @@
 import ctypes
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,13 +14,12 @@ import torch
 from torch import Tensor
 
 from configuration import Configuration
-from engines.optimizer import learning_rate
+from engines.optimizer import counts, learning_rate, spike_limits
 from errors import UserError
 from model import GPT, IGNORE
 
 INIT_BYTES = 4e9  # of units that are drawn at a time
 LOSS_ROWS = {"CPU": 1024, "GPU": 4096}  # positions whose logits exist at one time
-MOST_SKIPPED = 10  # steps in a row that were not finite before training stops
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 Batches = Callable[[int, int], object]  # (rank, world) -> indexed by step: (ids, targets) of int64
 Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
@@ -35,11 +35,11 @@ class StepStats:
     learning_rate: float
     tokens: int
     seconds: float
+    counted: bool  # else it changed nothing: it was not finite, or a spike
     can_save: bool = True  # whether `state` has what the weights were after this step
 
     @property
     def finite(self) -> bool:
-        """Whether the step counted: else it changed nothing."""
         return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
 
 
@@ -48,6 +48,7 @@ class Engine(Protocol):
     parameters, and the same behind `exp_avg.` and `exp_avg_sq.` for Adam's moments."""
 
     updates: int  # optimizer steps that changed the weights
+    recent: deque[tuple[float, float]]  # losses and norms of the last steps that were finite
 
     def initialize(self, progress: Callable = iter) -> None:
         """Draws the initial weights from the seed, a unit after the other through `progress`."""
@@ -73,34 +74,22 @@ class Engine(Protocol):
 
 
 def run_steps(
-    config: Configuration, source: object, start: int, stop: int, one_step: Callable
+    engine: "Engine", source: object, start: int, stop: int, one_step: Callable
 ) -> Iterator[StepStats]:
-    """What `run` yields, where one_step(step, ids, targets, rate) -> (loss, gradient's norm)."""
-
-    def steps() -> Iterator[StepStats]:
-        for step in range(start, stop):
-            began = time.perf_counter()
-            rate = learning_rate(config, step + 1)
-            loss, grad_norm = one_step(step, *source[step], rate)
-            tokens = config.batch_size * config.sequence_length
-            seconds = time.perf_counter() - began
-            yield StepStats(step + 1, loss, grad_norm, rate, tokens, seconds)
-
-    yield from unless_skipped(steps())
-
-
-def unless_skipped(steps: Iterator[StepStats]) -> Iterator[StepStats]:
-    """The steps, until MOST_SKIPPED in a row were not finite: then UserError."""
-    skipped = 0
-    for stats in steps:
+    """What `run` yields, where one_step(step, ids, targets, rate, limits) -> (loss, gradient's
+    norm), which changes nothing unless they are within the limits."""
+    config = engine.config
+    for step in range(start, stop):
+        began = time.perf_counter()
+        rate = learning_rate(config, step + 1)
+        limits = spike_limits(engine.recent if config.skip_loss_spikes else ())
+        loss, grad_norm = one_step(step, *source[step], rate, limits)
+        tokens = config.batch_size * config.sequence_length
+        seconds, counted = time.perf_counter() - began, counts(loss, grad_norm, limits)
+        stats = StepStats(step + 1, loss, grad_norm, rate, tokens, seconds, counted)
+        if stats.finite:
+            engine.recent.append((loss, grad_norm))
         yield stats
-        skipped = 0 if stats.finite else skipped + 1
-        if skipped == MOST_SKIPPED:
-            raise UserError(
-                f"stopped at step {stats.step}: {skipped} steps in a row had a loss or gradient "
-                f"that is not finite; go on from an earlier checkpoint in another --out_dir, with "
-                f"a lower learning_rate or another seed"
-            )
 
 
 def micro_batches(
@@ -120,10 +109,12 @@ def sum_losses(model: GPT, source: Iterable, losses: Callable) -> tuple[float, i
     """What `evaluate` returns, where losses(ids, targets) -> the sum over them, fp64."""
     total, tokens = 0.0, 0
     model.eval()
-    for ids, targets in source:
-        total += losses(ids, targets).item()
-        tokens += int((targets != IGNORE).sum())
-    model.train()
+    try:
+        for ids, targets in source:
+            total += losses(ids, targets).item()
+            tokens += int((targets != IGNORE).sum())
+    finally:
+        model.train()
     return total, tokens
 
 

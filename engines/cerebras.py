@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configuration import Configuration
-from engines import Batches, Read, StepStats, read_tensor, unless_skipped
+from engines import Batches, Read, StepStats, read_tensor
 from engines.optimizer import (
     BETAS,
     FINAL_FRACTION,
@@ -58,6 +59,9 @@ class CerebrasEngine:
 
     def __init__(self, config: Configuration, training: bool = True):
         self.config, self.training, self.updates = config, training, 0
+        self.recent, self.saved = deque(), None
+        if config.skip_loss_spikes:
+            raise UserError("skip_loss_spikes: engine cerebras has no such guard; leave it out")
         self.folder = Path(config.out_dir, "cerebras")
         self.folder.mkdir(parents=True, exist_ok=True)
         if training:
@@ -167,9 +171,6 @@ class CerebrasEngine:
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
-        yield from unless_skipped(self._run(batches, start, stop))
-
-    def _run(self, batches: Batches, start: int, stop: int) -> Iterator[StepStats]:
         if not self.backend.is_e2e_execution:
             yield from self._execute(batches, start, start + 1)
             return
@@ -192,13 +193,17 @@ class CerebrasEngine:
         def absorb(loss: Tensor, norm: Tensor, step: int) -> None:
             rate, seconds = learning_rate(config, self.updates + 1), time.perf_counter() - began
             tokens = config.batch_size * config.sequence_length
-            stats = StepStats(step, loss.item(), norm.item(), rate, tokens, seconds, step in due)
-            self.updates += stats.finite
+            figures, can_save = (step, loss.item(), norm.item()), step in due
+            counted = bool(np.isfinite(figures).all())
+            stats = StepStats(*figures, rate, tokens, seconds, counted, can_save)
+            self.updates += counted
             arrived.append(stats)
 
         @cstorch.checkpoint_closure
         def save(step: int) -> None:
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            if self.saved is not None:  # of a step that was not finite
+                self.saved.unlink(missing_ok=True)
             self.saved = self.folder / f"step_{step}.h5"
             cstorch.save(state, self.saved)
 

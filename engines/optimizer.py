@@ -1,9 +1,11 @@
 """What AdamW does in every engine: its schedule, its groups, its constants."""
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -13,6 +15,7 @@ from configuration import Configuration
 BETAS = (0.9, 0.95)  # as GPT-3 (Brown et al. 2020, appendix B) and Cerebras-GPT
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FINAL_FRACTION = 0.1  # of the peak learning rate, at the end of the decay
+SPIKE_STEPS, SPIKE_DEVIATIONS, SPIKE_LEAST = 128, 6, 64  # see spike_limits
 
 
 def learning_rate(config: Configuration, step: int) -> float:
@@ -28,6 +31,25 @@ def learning_rate(config: Configuration, step: int) -> float:
 def decay_steps(config: Configuration) -> int:
     """Steps of the cosine: what was asked for, or all after the warm-up."""
     return config.decay_steps or max(1, config.num_steps - config.warmup_steps)
+
+
+def counts(loss, norm, limits: tuple[float, float]):
+    """Whether a step may change the weights, for numbers and for tensors: loss and norm are not
+    above the limits, as NaN and infinity always are."""
+    return (loss <= limits[0]) & (norm <= limits[1])
+
+
+def spike_limits(recent: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The highest loss and gradient norm that are no spike: SPIKE_DEVIATIONS standard deviations
+    above the mean of the SPIKE_STEPS steps before, spikes among them, so that a lasting change is
+    soon none; the largest number there is before SPIKE_LEAST steps. These numbers are those of
+    OLMo's SkipStepOptimizer (github.com/allenai/OLMo-core), which also leaves out what is as far
+    below the mean."""
+    if len(recent) < SPIKE_LEAST:
+        return sys.float_info.max, sys.float_info.max
+    values = np.array(recent)
+    losses, norms = values.mean(0) + SPIKE_DEVIATIONS * values.std(0, ddof=1)
+    return float(losses), float(norms)
 
 
 def clip_factor(config: Configuration, norm: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The model, its gradients and its optimizer on one device: plain PyTorch, every test's oracle."""
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -20,7 +21,15 @@ from engines import (
     run_steps,
     sum_losses,
 )
-from engines.optimizer import MOMENTS, adamw_step, clip_factor, decays, square_sum
+from engines.optimizer import (
+    MOMENTS,
+    SPIKE_STEPS,
+    adamw_step,
+    clip_factor,
+    counts,
+    decays,
+    square_sum,
+)
 from model import GPT, derive_seed
 
 
@@ -30,6 +39,7 @@ class ResidentEngine:
 
     def __init__(self, config: Configuration, training: bool = True):
         self.config, self.training, self.updates = config, training, 0
+        self.recent = deque(maxlen=SPIKE_STEPS)
         self.device = torch.device("cuda" if config.backend == "GPU" else "cpu")
         with torch.device("meta"):
             self.master = GPT(config)
@@ -69,11 +79,11 @@ class ResidentEngine:
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
-        def one_step(step: int, ids: np.ndarray, targets: np.ndarray, rate: float) -> tuple:
-            return self._update(self._accumulate(ids, targets, step, progress), rate)
+        def one_step(step: int, ids: np.ndarray, targets: np.ndarray, *rate_and_limits) -> tuple:
+            return self._update(self._accumulate(ids, targets, step, progress), *rate_and_limits)
 
         self.model.train()
-        yield from run_steps(self.config, batches(0, 1), start, stop, one_step)
+        yield from run_steps(self, batches(0, 1), start, stop, one_step)
 
     def _accumulate(
         self, ids: np.ndarray, targets: np.ndarray, step: int, progress: Callable[[float], None]
@@ -87,13 +97,15 @@ class ResidentEngine:
             progress(min(1.0, (number + 1) * self.config.micro_batch_size / len(ids)))
         return total / targets.size
 
-    def _update(self, loss: Tensor, rate: float) -> tuple[float, float]:
-        """Clips and steps; returns the loss and the norm. A step that is not finite changes
-        nothing: the device sees to that, and is waited for once, when all of the step is queued."""
+    def _update(
+        self, loss: Tensor, rate: float, limits: tuple[float, float]
+    ) -> tuple[float, float]:
+        """Clips and steps; returns the loss and the norm. A step beyond the limits changes nothing:
+        the device sees to that, and is waited for once, when all of the step is queued."""
         grads = [p.grad for p in self.model.parameters()]
         norm = square_sum(grads).sqrt()
         torch._foreach_mul_(grads, clip_factor(self.config, norm))
-        skip = (~(loss + norm).isfinite()).float()
+        skip = (~counts(loss, norm, limits)).float()
         moments = (self.moments[moment].values() for moment in MOMENTS)
         state = list(zip(self.master.parameters(), grads, *moments, strict=True))
         for weight_decay, decaying in ((self.config.weight_decay, True), (0.0, False)):

@@ -6,6 +6,7 @@ gradients summed over the systems, so that the numbers do not depend on how many
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -30,7 +31,15 @@ from engines import (
     run_steps,
     sum_losses,
 )
-from engines.optimizer import BETAS, MOMENTS, clip_factor, parameter_groups, square_sum
+from engines.optimizer import (
+    BETAS,
+    MOMENTS,
+    SPIKE_STEPS,
+    clip_factor,
+    counts,
+    parameter_groups,
+    square_sum,
+)
 from model import GPT, IGNORE, derive_seed
 
 
@@ -44,6 +53,7 @@ class ShardedEngine:
 
     def __init__(self, config: Configuration, training: bool = True):
         self.config, self.training, self.updates = config, training, 0
+        self.recent = deque(maxlen=SPIKE_STEPS)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cpu")
         if config.backend == "GPU":
@@ -140,19 +150,23 @@ class ShardedEngine:
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
-        def one_step(step: int, ids: np.ndarray, targets: np.ndarray, rate: float) -> tuple:
+        def one_step(
+            step: int, ids: np.ndarray, targets: np.ndarray, rate: float, limits: tuple
+        ) -> tuple:
             loss = self._accumulate(*self._pad(ids, targets), step, progress)
             squares = square_sum([_local(p.grad) for p in self.parameters.values()])
             # one sum over the systems; every copy holds the same gradients
             sums = torch.stack([loss, squares.to(self.device) * self.shards / self.world])
             dist.all_reduce(sums, group=self.group)
             loss, norm = sums[0].item(), sums[1].sqrt().item()
-            self._update(loss, norm, rate)
+            if counts(loss, norm, limits):
+                self._update(norm, rate)
+            self.optimizer.zero_grad()
             return loss, norm
 
         self.model.train()
         source = batches(self.rank, self.world)
-        yield from run_steps(self.config, source, start, stop, one_step)
+        yield from run_steps(self, source, start, stop, one_step)
 
     def _pad(self, ids: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As many rows on every system: each takes part in every gathering of weights."""
@@ -179,17 +193,15 @@ class ShardedEngine:
             progress((i + 1) / count)
         return total / tokens
 
-    def _update(self, loss: float, norm: float, rate: float) -> None:
-        """Clips and steps; a step that is not finite changes nothing."""
-        if np.isfinite(loss) and np.isfinite(norm):
-            grads = [parameter.grad for parameter in self.parameters.values()]
-            clip = clip_factor(self.config, torch.tensor(norm, dtype=torch.float64))
-            torch._foreach_mul_(grads, clip.item())
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.updates += 1
-        self.optimizer.zero_grad()
+    def _update(self, norm: float, rate: float) -> None:
+        """Clips and steps."""
+        grads = [parameter.grad for parameter in self.parameters.values()]
+        clip = clip_factor(self.config, torch.tensor(norm, dtype=torch.float64))
+        torch._foreach_mul_(grads, clip.item())
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.updates += 1
 
     def evaluate(self, batches: Batches, progress: Callable = iter) -> tuple[float, int]:
         def losses(ids: np.ndarray, targets: np.ndarray) -> Tensor:

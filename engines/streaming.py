@@ -35,7 +35,7 @@ from engines import (
     run_steps,
     sum_losses,
 )
-from engines.optimizer import MOMENTS, Update, clip_factor, decays, square_sum
+from engines.optimizer import MOMENTS, SPIKE_STEPS, Update, clip_factor, counts, decays, square_sum
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
 from errors import UserError
 from model import GPT, derive_seed
@@ -85,6 +85,7 @@ class StreamingEngine:
 
     def __init__(self, config: Configuration, training: bool = True):
         self.config, self.training, self.updates = config, training, 0
+        self.recent = deque(maxlen=SPIKE_STEPS)
         self.device = torch.device("cuda" if config.backend == "GPU" else "cpu")
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.streams = torch.get_device_module(self.device)
@@ -279,9 +280,11 @@ class StreamingEngine:
     def run(
         self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
-        def one_step(step: int, ids: np.ndarray, targets: np.ndarray, rate: float) -> tuple:
+        def one_step(
+            step: int, ids: np.ndarray, targets: np.ndarray, rate: float, limits: tuple
+        ) -> tuple:
             loss, norm = self._accumulate(ids, targets, step, progress)
-            if math.isfinite(loss) and math.isfinite(norm):
+            if counts(loss, norm, limits):
                 self.updates += 1
                 clip = clip_factor(self.config, torch.tensor(norm, dtype=torch.float64)).item()
                 self.update = Update(self.config, rate, clip, self.updates)
@@ -289,7 +292,7 @@ class StreamingEngine:
             return loss, norm
 
         self.model.train()
-        yield from run_steps(self.config, batches(0, 1), start, stop, one_step)
+        yield from run_steps(self, batches(0, 1), start, stop, one_step)
 
     def _accumulate(
         self, ids: np.ndarray, targets: np.ndarray, step: int, progress: Callable[[float], None]

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from data.prepare import char_tokenizer, from_texts
+from dataset import write_meta
 from errors import command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,13 +73,12 @@ def write_dataset(folder: Path, train: str, val: str) -> Path:
         "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
         "vocab_size": tokenizer.get_vocab_size(),
         "dtype": "uint16",
-        "tokens": {},
         "bytes": {},
     }
     for split, content in (("train", train), ("val", val)):
         np.array(tokenizer.encode(content).ids, np.uint16).tofile(folder / f"{split}.bin")
-        meta["tokens"][split] = meta["bytes"][split] = len(content)
-    (folder / "meta.json").write_text(json.dumps(meta))
+        meta["bytes"][split] = len(content)
+    write_meta(folder, meta)
     return folder
 
 

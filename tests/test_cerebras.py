@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from checkpoint import Checkpoint
 from cluster import Cluster
-from dataset import EvalBatches, TrainBatches
+from dataset import EvalBatches, TrainBatches, write_meta
+from files import read_sealed
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.cerebras
@@ -417,11 +418,9 @@ def test_a_step_lowers(name, there, dataset, tmp_path):
 def text_of(dataset: Path, folder: Path) -> Path:
     """The words of the dataset, long enough for a sequence of 2,048."""
     copy = shutil.copytree(dataset, folder / "data")
-    meta = json.loads((copy / "meta.json").read_text())
     ids = np.fromfile(copy / "train.bin", np.uint16)
     np.resize(ids, 20000).tofile(copy / "train.bin")
-    meta["tokens"]["train"] = 20000
-    (copy / "meta.json").write_text(json.dumps(meta))
+    write_meta(copy, read_sealed(copy / "meta.json"))
     return copy
 
 

@@ -1,13 +1,16 @@
-import json
 import os
-import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
+from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import Checkpoint, checkpoint_path, find_checkpoints, prune, save
 from errors import UserError
+from files import read_sealed, write_sealed
 from systems import World
 
 
@@ -16,7 +19,14 @@ def state():
     yield "norm", {"norm.weight": torch.ones(3), "norm.bias": torch.zeros(3)}
 
 
-PROGRESS = {"step": 5, "updates": 4, "train_tokens": 9}
+PROGRESS = {"step": 5, "updates": 4, "train_tokens": 9, "recent": []}
+
+
+def change(path, change):
+    """Changes the manifest as somebody would who knows the format."""
+    manifest = read_sealed(path / "manifest.json")
+    change(manifest)
+    write_sealed(path / "manifest.json", manifest)
 
 
 def config(folder):
@@ -34,7 +44,7 @@ def saved(tmp_path):
     return save(
         tmp_path / "out",
         state(),
-        {"step": 5, "updates": 4, "train_tokens": 9},
+        PROGRESS,
         config(tmp_path),
         None,
         World(),
@@ -62,18 +72,18 @@ def test_a_tensor_in_parts(saved, tmp_path):
     whole = torch.arange(12.0).view(4, 3)
     pieces = {"a": whole[:1], "b": whole[1:]}
     path = write(tmp_path, ((k, {"embedding.weight": v}) for k, v in pieces.items()))
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = read_sealed(path / "manifest.json")
     entry = {"dtype": "float32", "shape": [4, 3], "parts": []}
     manifest["tensors"]["embedding.weight"] = entry
     entry["parts"] = [
         {"file": "b.safetensors", "rows": [1, 4]},
         {"file": "a.safetensors", "rows": [0, 1]},
     ]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(path / "manifest.json", manifest)
     assert torch.equal(Checkpoint(path).read("embedding.weight"), whole)
     for rows, message in (([2, 4], "not held exactly once"), ([0, 4], "not held exactly once")):
         entry["parts"][0]["rows"] = rows
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        write_sealed(path / "manifest.json", manifest)
         with pytest.raises(UserError, match=message):
             Checkpoint(path)
 
@@ -104,23 +114,69 @@ def test_a_flipped_bit_is_found(saved):
         opened.read("norm.weight")
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "null", '{"format": 1}', '{"format": 2}', '{"format": 1, "step": "x"}'],
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": 2}', "\0" * 200])
 def test_damaged_manifest(saved, content):
     (saved / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest.json can't be understood|has format 2, not 1"):
+    with pytest.raises(UserError, match=r"is damaged: manifest.json: it was changed"):
         Checkpoint(saved)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/file"])
+def put(key, value):
+    return lambda manifest: manifest.update({key: value})
+
+
+def put_norm(key, value):
+    return lambda manifest: manifest["tensors"]["norm.weight"].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (put("format", 1), "its format is 1, not 2"),
+        (put("step", 6), "it is of step 6, and was given another name"),
+        (put("step", -5), "-5 is not a number of things"),
+        (put("updates", True), "True is not a number of things"),
+        (put("updates", 1e300), "is not a number of things"),
+        (put("files", None), "manifest.json: "),
+        (put("tensors", {"x": []}), "manifest.json: "),
+        (put("config", {"width": "wide"}), "manifest.json: .*width"),
+        (put("recent", [[1, 2, 3]]), "manifest.json: "),
+        (put_norm("dtype", "float16"), "norm.weight is of 'float16'"),
+        (put_norm("shape", [3, 10**12]), "norm.safetensors is too small for norm.weight"),
+        (put_norm("shape", [3, -1]), "-1 is not a number of things"),
+        (put_norm("shape", [4]), "rows from 3 of norm.weight are missing"),
+        (put_norm("parts", []), "rows from 0 of norm.weight are missing"),
+    ],
+)
+def test_manifests_that_lie(saved, how, message):
+    change(saved, how)
+    with pytest.raises(UserError, match=rf"is damaged: .*{message}"):
+        Checkpoint(saved)
+
+
+def test_another_dtype_than_the_manifest_says(saved):
+    path = saved / "norm.safetensors"
+    save_file({"norm.weight": torch.ones(3).half(), "norm.bias": torch.ones(3)}, path)
+    change(saved, lambda m: m["files"].update({path.name: checkpoint._describe(path)}))
+    change(saved, put_norm("parts", [{"file": path.name, "rows": [0, 3]}]))
+    with pytest.raises(UserError, match=r"too small|norm.weight is F16 of shape \[3\]"):
+        Checkpoint(saved).read("norm.weight")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/file", "..", "link"])
 def test_files_stay_inside(saved, name):
-    manifest = json.loads((saved / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": 1, "sha256": ""}
-    (saved / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="is damaged: file name"):
+    (saved / "link").symlink_to(saved.parents[1] / "data" / "tokenizer.json")
+    change(saved, lambda manifest: manifest["files"].update({name: {"bytes": 2, "sha256": ""}}))
+    with pytest.raises(UserError, match=r"is damaged: file name .* leads out of it"):
         Checkpoint(saved)
+
+
+def test_a_renamed_checkpoint(saved):
+    """`latest` would take it for a later one; of another kind of name it is nobody's business."""
+    assert Checkpoint(saved.rename(saved.parent / "best")).step == 5
+    later = (saved.parent / "best").rename(saved.parent / "checkpoint_9.mdl")
+    with pytest.raises(UserError, match="is damaged: it is of step 5, and was given another name"):
+        Checkpoint(later)
 
 
 def test_missing_tensor(saved):
@@ -173,9 +229,32 @@ def test_a_folder_in_use_is_refused(tmp_path):
         pass
 
 
+def verify(folder):
+    command = [sys.executable, ROOT / "checkpoint.py", "verify", folder]
+    return subprocess.run(command, text=True, capture_output=True)
+
+
+def test_the_command_that_verifies(saved):
+    """Every byte of one, or of all in a folder, going on after one that is damaged."""
+    done = verify(saved)
+    assert (done.returncode, done.stdout) == (0, f"{saved} is whole: 3 files, 0.000 GB\n")
+    save(saved.parent, state(), PROGRESS | {"step": 7}, config(saved), None, World())
+    with open(saved / "tokenizer.json", "w") as file:
+        file.write("[]")
+    done = verify(saved.parent)
+    assert done.returncode == 1
+    assert done.stdout == f"{saved.parent}/checkpoint_7.mdl is whole: 2 files, 0.000 GB\n"
+    assert done.stderr == (
+        f"error: {saved} is damaged: tokenizer.json was changed (its checksum differs); delete it "
+        f"to go on from the one before\n"
+    )
+    done = verify(saved.parents[1])
+    assert done.stderr.endswith("is not a checkpoint of gigaGPT: it has no manifest.json\n")
+
+
 def test_prune_keeps_the_newest(saved):
     for step in (10, 9, 100):
-        shutil.copytree(saved, checkpoint_path(saved.parent, step))
+        save(saved.parent, state(), PROGRESS | {"step": step}, config(saved), None, World())
     prune(saved.parent, None)
     assert len(find_checkpoints(saved.parent)) == 4
     prune(saved.parent, 2)

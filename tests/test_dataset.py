@@ -1,11 +1,10 @@
-import json
 import shutil
 
 import numpy as np
 import pytest
 from conftest import VOCABULARY
 
-from dataset import IGNORE, EvalBatches, TrainBatches
+from dataset import IGNORE, EvalBatches, TrainBatches, write_meta
 from errors import UserError
 
 
@@ -13,9 +12,7 @@ def write(folder, train: np.ndarray, val: np.ndarray, vocab_size: int, dtype: st
     folder.mkdir(exist_ok=True)
     for split, ids in (("train", train), ("val", val)):
         ids.astype(dtype).tofile(folder / f"{split}.bin")
-    tokens = {"train": len(train), "val": len(val)}
-    meta = {"vocab_size": vocab_size, "dtype": dtype, "tokens": tokens}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_meta(folder, {"vocab_size": vocab_size, "dtype": dtype})
     return folder
 
 
@@ -132,9 +129,8 @@ def test_vocabulary_above_the_models(numbers):
 
 
 def test_token_above_what_meta_says(numbers):
-    meta = json.loads((numbers / "meta.json").read_text())
-    (numbers / "meta.json").write_text(json.dumps(meta | {"vocab_size": VOCABULARY}))
-    with pytest.raises(UserError, match=r"train.bin holds token id \d+ .*above the model's"):
+    write_meta(numbers, {"vocab_size": VOCABULARY, "dtype": "uint16"})
+    with pytest.raises(UserError, match=r"train.bin holds token id \d+ .* below 27"):
         TrainBatches(numbers, VOCABULARY, 100, 4, seed=0)[0]
 
 

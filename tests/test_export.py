@@ -14,6 +14,7 @@ from test_train import refused
 
 from checkpoint import Checkpoint
 from export import load_model, load_tokenizer
+from files import read_sealed, write_sealed
 from model import GPT, GPTConfig
 
 SHAPES = {
@@ -210,7 +211,7 @@ def test_a_checkpoint_of_another_shape(run, config):
     """A checkpoint whole in itself, but whose norm has one number, which would broadcast."""
     run("train", config.path, "--num_steps", 3)
     path = config.out / "checkpoint_3.mdl"
-    file, manifest = path / "norm.safetensors", json.loads((path / "manifest.json").read_text())
+    file, manifest = path / "norm.safetensors", read_sealed(path / "manifest.json")
     save_file({name: v[:1].clone() for name, v in load_file(file).items()}, file)
     content = file.read_bytes()
     manifest["files"][file.name] = {
@@ -219,7 +220,7 @@ def test_a_checkpoint_of_another_shape(run, config):
     }
     for name in ("norm.weight", "norm.bias"):
         manifest["tensors"][name] |= {"shape": [1], "parts": [{"file": file.name, "rows": [0, 1]}]}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(path / "manifest.json", manifest)
     seen = run("train", config.path, "--checkpoint_path", "latest")
     refused(seen, "norm.weight has shape [1], the model's is [32]: it is of another model")
 

@@ -35,7 +35,7 @@ def test_a_step_that_is_not_finite_changes_nothing(dataset):
     before = [p.detach().clone() for p in engine.master.parameters()]
     for parameter in engine.model.parameters():
         parameter.grad = torch.full_like(parameter, torch.inf)
-    engine._update(torch.tensor(1.0, dtype=torch.float64, device="cuda"), 1e-2)
+    engine._update(torch.tensor(1.0, dtype=torch.float64, device="cuda"), 1e-2, (1e9, 1e9))
     assert engine.updates == 3
     for a, b in zip(before, engine.master.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -28,7 +28,10 @@ MARKED_IDS = [19052, 1279, 91, 437, 1659, 5239, 91, 29, 706]
 def program(tmp_path_factory):
     """A copy of the scripts, so that the tests leave the datasets of the checkout alone."""
     copy = tmp_path_factory.mktemp("program")
-    for path in [ROOT / "errors.py", *ROOT.glob("data/**/prepare.py")]:
+    for path in [
+        *(ROOT / f"{n}.py" for n in ("errors", "files", "dataset")),
+        *ROOT.glob("data/**/prepare.py"),
+    ]:
         target = copy / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)

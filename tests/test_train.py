@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from checkpoint import Checkpoint
 from configuration import Configuration
-from dataset import EvalBatches, TrainBatches
+from dataset import EvalBatches, TrainBatches, write_meta
 from engines import open_engine
 from engines.optimizer import learning_rate, square_sum
+from files import read_sealed
 from machine import program_bytes
 from model import GPT
 
@@ -455,8 +456,7 @@ def test_data_of_another_tokenizer(run, config, tmp_path):
     run("train", config.path, "--num_steps", 3)
     other = write_dataset(tmp_path / "other", "ABC" * 300, "ABC" * 10)
     flags = ["--checkpoint_path", "latest", "--dataset", other, "--vocab_size", 27]
-    meta = json.loads((other / "meta.json").read_text()) | {"vocab_size": 27}
-    (other / "meta.json").write_text(json.dumps(meta))
+    write_meta(other, read_sealed(other / "meta.json") | {"vocab_size": 27})
     refused(run("train", config.path, *flags), "was made with another tokenizer (char) than")
 
 

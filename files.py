@@ -1,0 +1,48 @@
+"""Files that are whole or not there, and JSON that carries a checksum of itself."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from errors import UserError
+
+END = ',\n "sha256": "%s"\n}\n'
+SIZE = len(END % ("0" * 64))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` at the end; after an error that one is as
+    it was. Raises UserError, which names it, where it can't be written."""
+    writing = path.with_name(path.name + ".writing")
+    try:
+        yield writing
+        os.replace(writing, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error})") from None
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def write_sealed(path: Path, content: dict) -> None:
+    """Writes JSON that ends in the SHA-256 of all before it. It is there for accidents: who changes
+    a file on purpose can seal it again."""
+    body = json.dumps(content, indent=1).removesuffix("\n}")
+    path.write_text(body + END % hashlib.sha256(body.encode()).hexdigest(), encoding="utf-8")
+
+
+def read_sealed(path: Path) -> dict:
+    """What was written there, without the checksum; ValueError where anything was changed."""
+    raw = path.read_bytes()
+    body, end = raw[:-SIZE], raw[-SIZE:]
+    if end != (END % hashlib.sha256(body).hexdigest()).encode():
+        raise ValueError("it was changed (its checksum differs)")
+    try:
+        content = json.loads(raw)
+        del content["sha256"]
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("it is not JSON of this program") from None
+    return content
