@@ -35,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configuration import check_types
-from errors import UserError, command
-from files import read_sealed, write_sealed
+from errors import UserError, command, short
+from files import count_of, read_sealed, write_sealed
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -241,15 +241,15 @@ class Checkpoint:
         try:
             manifest = read_sealed(self.path / MANIFEST)
             if manifest["format"] != FORMAT:
-                raise ValueError(f"its format is {manifest['format']}, not {FORMAT}")
-            self.step, self.updates = _count(manifest["step"]), _count(manifest["updates"])
-            self.train_tokens = _count(manifest["train_tokens"])
+                raise ValueError(f"its format is {short(manifest['format'])}, not {FORMAT}")
+            self.step, self.updates = count_of(manifest["step"]), count_of(manifest["updates"])
+            self.train_tokens = count_of(manifest["train_tokens"])
             self.recent = [(float(loss), float(norm)) for loss, norm in manifest["recent"]]
             self.config, self.files = dict(manifest["config"]), dict(manifest["files"])
             self.tensors = dict(manifest["tensors"])
             check_types(self.config)
             for name, entry in self.files.items():
-                self._check_file(name, _count(entry["bytes"]), str(entry["sha256"]))
+                self._check_file(name, count_of(entry["bytes"]), str(entry["sha256"]))
             room = {name: entry["bytes"] for name, entry in self.files.items()}
             for name, entry in self.tensors.items():
                 self._check_tensor(name, entry, room)
@@ -258,7 +258,7 @@ class Checkpoint:
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
-            raise self._damaged(f"{MANIFEST}: {error}"[:200]) from None
+            raise self._damaged(f"{MANIFEST}: {error}") from None
         if step_of(self.path) not in (None, self.step):
             raise self._damaged(f"it is of step {self.step}, and was given another name")
         self._verified: set[str] = set()
@@ -270,12 +270,13 @@ class Checkpoint:
         self._verified = set(self.files)
 
     def _damaged(self, what: str) -> UserError:
+        what = what[:500]  # names are as long as who wrote the manifest wants
         return UserError(f"{self.path} is damaged: {what}; delete it to go on from the one before")
 
     def _check_file(self, name: str, size: int, sha256: str) -> None:
         file = self.path / name
         if Path(name).name != name or name == ".." or file.is_symlink():
-            raise self._damaged(f"file name {name!r} leads out of it")
+            raise self._damaged(f"file name {short(name)} leads out of it")
         if not file.is_file():
             raise self._damaged(f"{name} is missing")
         if file.stat().st_size != size:
@@ -283,11 +284,13 @@ class Checkpoint:
 
     def _check_tensor(self, name: str, entry: dict, room: dict[str, int]) -> None:
         """Every row must be held exactly once, in a file that has room for it; `room` shrinks."""
-        shape, row = [_count(size) for size in entry["shape"]], 0
+        shape, row = [count_of(size) for size in entry["shape"]], 0
         if entry["dtype"] != "float32":
-            raise self._damaged(f"{name} is of {entry['dtype']!r}")
+            raise self._damaged(f"{name} is of {short(entry['dtype'])}")
+        if not 1 <= len(shape) <= 8 or 0 in shape:
+            raise self._damaged(f"{name} has shape {short(shape)}")
         for part in sorted(entry["parts"], key=lambda part: part["rows"]):
-            first, last = map(_count, part["rows"])
+            first, last = map(count_of, part["rows"])
             if part["file"] not in self.files or first != row or last <= first:
                 raise self._damaged(f"rows from {row} of {name} are not held exactly once")
             row = last
@@ -343,13 +346,6 @@ class Checkpoint:
             return None
         self._verify(TOKENIZER)
         return self.path / TOKENIZER
-
-
-def _count(value: object) -> int:
-    """A number of things from JSON."""
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a number of things")
-    return value
 
 
 def verify(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Where and how a cluster of Cerebras systems runs a job: the section `cluster` of a run."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass
@@ -52,6 +52,3 @@ class Cluster:
                 raise ValueError(f"cluster.{key}: {value} is not a positive number")
         if self.validate_only and self.compile_only:
             raise ValueError("cluster.validate_only and cluster.compile_only: take one of them")
-
-
-CLUSTER_KEYS = tuple(f"cluster.{field.name}" for field in fields(Cluster))

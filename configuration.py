@@ -5,13 +5,14 @@ import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from cluster import CLUSTER_KEYS, Cluster
-from errors import UserError
+from cluster import Cluster
+from errors import UserError, short
 from files import replacing
 from model import GPTConfig
 
@@ -101,7 +102,11 @@ class Configuration(GPTConfig):
     init_from: str | None = None
 
     def __post_init__(self):
+        check_types(asdict(self))
         super().__post_init__()
+        for key, most in _MOST.items():
+            if getattr(self, key) > most:
+                raise ValueError(f"{key}: {getattr(self, key)} is above {most:,}")
         for key in _POSITIVE:
             value = getattr(self, key)
             if value is not None and not value > 0:
@@ -128,7 +133,16 @@ _POSITIVE = (
     *("eval_steps", "eval_batches", "learning_rate", "decay_steps", "adam_epsilon"),
     *("max_gradient_norm", "num_systems", "pass_size", "shards", "timeout"),
 )
+_MOST = {  # of a model that can be laid out in seconds, without its memory
+    "width": 10**6,
+    "depth": 10**4,
+    "vocab_size": 10**9,
+    "max_position_embeddings": 10**9,
+}
 MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
+_KINDS = {field.name: field.type for field in fields(Configuration) if field.type is not Cluster}
+_KINDS |= {f"cluster.{field.name}": field.type for field in fields(Cluster)}
+_LONGEST = 2**16  # bytes of a configuration file; all keys take 2,000, and YAML is slow to read
 
 
 def parse_configuration(description: str, **more: type) -> tuple[Configuration, dict]:
@@ -146,7 +160,7 @@ def parse_configuration(description: str, **more: type) -> tuple[Configuration, 
         exit_on_error=False,
         print_config=None,
     )
-    parser.add_argument("--config", action="config", help="the CONFIG; its keys are these:")
+    parser.add_argument("CONFIG", help="a file; its keys are these:")
     for name, kind in more.items():
         form = {"action": "store_true"} if kind is bool else {"type": kind}
         parser.add_argument(f"--{name}", **form)
@@ -155,41 +169,103 @@ def parse_configuration(description: str, **more: type) -> tuple[Configuration, 
         parser.parse_args(["--help"])
     if not arguments or arguments[0].startswith("-"):
         raise UserError("the first argument is a configuration, such as configs/demo.yaml")
-    path, overrides = arguments[0], arguments[1:]
-    _check_keys([*read_yaml(path)], f"{path}: ")
-    _check_keys([a[2:].split("=")[0] for a in overrides if a.startswith("--")], "--", *more)
+    _check_keys([a[2:].split("=")[0] for a in arguments if a.startswith("--")], "--", *more)
+    values = read_yaml(arguments[0])
     try:
-        values = vars(parser.parse_args(["--config", path, *overrides]))
-        given = {name: values.pop(name) for name in more}
-        del values["config"]
-        values["cluster"] = Cluster(**(values["cluster"] or {}))
-        return Configuration(**values), given
+        typed = vars(parser.parse_args(arguments, defaults=False))
+        del typed["CONFIG"]
+        given = {name: typed.pop(name, False if more[name] is bool else None) for name in more}
+        typed["cluster"] = vars(typed["cluster"]) if "cluster" in typed else {}
+        values |= _flat(typed)
+        cluster = {key: values.pop(f"cluster.{key}") for key in _cluster_keys(values)}
+        return Configuration(**values, cluster=Cluster(**cluster)), given
     except (ArgumentError, ValueError) as error:
         message = str(error).replace("Parser key ", "").replace('"', "")
         message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
         raise UserError(" ".join(message.split())) from None
 
 
-def check_types(values: dict) -> None:
-    """Raises ValueError where a key of a stored configuration has a value of the wrong type."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Configuration)
-    known = {field.name for field in fields(Configuration)}
-    try:
-        parser.parse_object({key: value for key, value in values.items() if key in known})
-    except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-
-
 def read_yaml(path: str | Path) -> dict:
-    """The keys and values of a configuration file."""
+    """The keys of a configuration file, `cluster.KEY` for those of its section, and their values,
+    of the right types. They are not passed through a parser of the command line, which would read
+    text once more as YAML and look for classes to import."""
+    with open(path, "rb") as file:
+        raw = file.read(_LONGEST + 1)
+    if len(raw) > _LONGEST:
+        raise UserError(f"{path} is not a configuration: it has more than {_LONGEST:,} bytes")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        content = _Loader(raw.decode()).get_single_data()
+    except Exception as error:  # YAML's, or what a value such as 2001-99-99 comes to
+        message = " ".join(str(error).split())[:500]
+        raise UserError(f"{path} is not YAML: {message}") from None
     if not isinstance(content, dict) or not isinstance(content.get("cluster") or {}, dict):
         raise UserError(f"{path} is not a configuration: something in it has no `key: value` lines")
-    return content
+    values = _flat(content)
+    _check_keys([*values], f"{path}: ")
+    try:
+        check_types(values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as a configuration needs it: no code, no dates, 6e-4 a number, and no aliases, which
+    make a few lines as large as one likes."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: object, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"write the value of *{self.peek_event().anchor} out")
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def check_types(values: dict) -> None:
+    """Raises ValueError where a key of a configuration has a value of the wrong type."""
+    if not isinstance(values.get("cluster") or {}, dict):
+        raise ValueError(f"cluster: expected keys and values, not {short(values['cluster'])}")
+    for key, value in _flat(values).items():
+        kind = _KINDS.get(key)
+        if kind is not None and not _fits(value, kind):
+            name = str(kind) if get_args(kind) else kind.__name__
+            raise ValueError(f"{key}: expected {name.replace('typing.', '')}, not {short(value)}")
+
+
+def _fits(value: object, kind: object) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, *inner) for each in value)
+    if kind is str:
+        return isinstance(value, str) and value.isprintable()
+    if type(value) is int and abs(value) >= 2**63:
+        return False
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _flat(values: dict) -> dict:
+    """With the keys of the section `cluster` beside the others."""
+    values = {k if isinstance(k, str) else short(k): value for k, value in values.items()}
+    cluster = values.pop("cluster", None) or {}
+    return values | {
+        f"cluster.{k if isinstance(k, str) else short(k)}": value for k, value in cluster.items()
+    }
+
+
+def _cluster_keys(values: dict) -> list[str]:
+    return [key.removeprefix("cluster.") for key in values if key.startswith("cluster.")]
 
 
 def write_configuration(config: Configuration, path: Path) -> None:
@@ -199,10 +275,10 @@ def write_configuration(config: Configuration, path: Path) -> None:
 
 
 def _check_keys(keys: list[str], prefix: str, *more: str) -> None:
-    known = [*(field.name for field in fields(Configuration)), *CLUSTER_KEYS, *more]
+    known = [*_KINDS, "cluster", *more]
     for key in keys:
         if key not in known:
             near = [name for name in known if name.endswith(f".{key}")]
-            near = near or difflib.get_close_matches(str(key), known, n=1)
+            near = near or difflib.get_close_matches(key[:100], known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
-            raise UserError(f"{prefix}{key} is not a known key; {hint}")
+            raise UserError(f"{prefix}{key[:100]} is not a known key; {hint}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from files import read_sealed, write_sealed
+from files import count_of, read_sealed, write_sealed
 
 IGNORE = -100  # a target that is not counted
 BLOCK = 2**18  # bytes of a file that have a checksum: 9 billion tokens have 70,000
@@ -54,8 +54,8 @@ class Tokens:
         try:
             self.meta = meta = read_sealed(Path(folder, "meta.json"))
             self.dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
-            self.count, self.ids = int(meta["tokens"][split]), int(meta["vocab_size"])
-            self.text_bytes = int(meta.get("bytes", {}).get(split, 0))
+            self.count, self.ids = count_of(meta["tokens"][split]), count_of(meta["vocab_size"])
+            self.text_bytes = count_of(meta.get("bytes", {}).get(split, 0))
             self.checksums = list(meta["crc32"][split])
             self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115
             size = os.fstat(self.file.fileno()).st_size
@@ -64,10 +64,10 @@ class Tokens:
                 raise UserError(f"{folder}/tokenizer.json is not the one of meta.json; {cure}")
         except FileNotFoundError as error:
             raise UserError(f"{error.filename} is missing: prepare the dataset; {cure}") from None
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{folder}/meta.json is damaged ({error}); {cure}") from None
+            raise UserError(f"{folder}/meta.json is damaged ({str(error)[:200]}); {cure}") from None
         if size != self.count * self.dtype.itemsize:
             raise UserError(
                 f"{self.path} has {size:,} bytes where meta.json says {self.count:,} tokens of "

@@ -1,6 +1,7 @@
 """How a command reports errors: what a user can cause in one line, a bug with its traceback."""
 
 import os
+import reprlib
 import signal
 import sys
 import time
@@ -41,11 +42,24 @@ def explain(error: Exception) -> str | None:
     return _one_line(error) if isinstance(error, (UserError, OSError, ArgumentError)) else None
 
 
+def short(value: object) -> str:
+    """A value of a file in a message, which stays short however large or deep the value is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+
+
+_LONGEST = 2000  # characters of a message: a name can be as long as a file
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+
+
 def _one_line(error: Exception) -> str:
     """The message; for an error of the operating system the file's name and the reason."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return f"{error.filename}: {error.strerror}"[-_LONGEST:]  # the reason is at the end
+    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
 
 
 class StopSignals:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint
 from configuration import Configuration
-from errors import UserError, command
+from errors import UserError, command, short
 from model import GPTConfig
 from resume import model_config, with_model
 
@@ -44,6 +44,7 @@ OF_GPT2 = {  # what a GPT-2 has that this model can be
     "tie_word_embeddings": [True],
     "scale_attn_weights": [True],
     "scale_attn_by_inverse_layer_idx": [False],
+    "quantization_config": [None],
 }
 
 
@@ -89,11 +90,11 @@ def hugging_face_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]
             continue
         try:
             theirs = hugging_face_name(name)
-        except KeyError:
-            raise UserError(f"{name} of {checkpoint.path} has no place in GPT-2") from None
+        except (KeyError, ValueError):
+            raise UserError(f"{short(name)} of {checkpoint.path} has no place in GPT-2") from None
         tensor = checkpoint.read(name)
         yield theirs, tensor.T.contiguous() if is_transposed(name) else tensor
-        if not checkpoint.config["bias"] and not name.startswith("embedding"):
+        if not checkpoint.config.get("bias", True) and not name.startswith("embedding"):
             yield theirs.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])
 
 
@@ -108,15 +109,18 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
         theirs = AutoConfig.from_pretrained(source, trust_remote_code=False)
         for key, values in OF_GPT2.items():
             if (value := getattr(theirs, key, None)) not in values:
-                raise ValueError(f"this model can't be it, as its {key} is {value}")
+                raise ValueError(f"this model can't be it, as its {key} is {str(value)[:100]}")
+        config = with_model(config, _model_of(theirs, config))  # refuses what none can lay out
         disable_progress_bar()
+        kind = {"dtype": torch.float32, "attn_implementation": "eager"}  # theirs can name a program
         theirs_model, report = GPT2LMHeadModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+            source, **kind, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
         if report["missing_keys"]:
             raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"init_from: {source}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # transformers raises no narrower one for what a file can hold
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"init_from: {source}: {reason}") from None
 
     state = theirs_model.state_dict()
 
@@ -124,7 +128,12 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
         tensor = state[hugging_face_name(name)]
         return (tensor.T if is_transposed(name) else tensor)[rows or slice(None)]
 
-    model = GPTConfig(
+    return config, read
+
+
+def _model_of(theirs, config: Configuration) -> GPTConfig:
+    """The shape of their model."""
+    return GPTConfig(
         width=theirs.n_embd,
         depth=theirs.n_layer,
         heads=theirs.n_head,
@@ -134,7 +143,6 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
         init_std=config.init_std,
         activation=theirs.activation_function,
     )
-    return with_model(config, model), read
 
 
 def load_tokenizer(checkpoint: Checkpoint):
@@ -149,6 +157,12 @@ def load_tokenizer(checkpoint: Checkpoint):
         raise
     except Exception as error:  # tokenizers raises no narrower one
         raise UserError(f"{checkpoint.path}/tokenizer.json is not a tokenizer: {error}") from None
+    most = checkpoint.config.get("vocab_size", GPTConfig.vocab_size)
+    if max(tokenizer.get_vocab().values(), default=0) >= most:
+        raise UserError(
+            f"{checkpoint.path}/tokenizer.json has ids above the model's vocab_size {most:,}: it "
+            f"is of another model"
+        )
     if END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
     return tokenizer

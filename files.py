@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, short
 
 END = ',\n "sha256": "%s"\n}\n'
 SIZE = len(END % ("0" * 64))
@@ -43,6 +43,13 @@ def read_sealed(path: Path) -> dict:
     try:
         content = json.loads(raw)
         del content["sha256"]
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         raise ValueError("it is not JSON of this program") from None
     return content
+
+
+def count_of(value: object) -> int:
+    """A number of things from JSON; ValueError where it is none that a file could hold."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{short(value)} is not a number of things")
+    return value

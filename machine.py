@@ -19,7 +19,9 @@ import torch
 
 from configuration import Configuration
 from errors import UserError
+from files import replacing
 
+RATES = ("products", "bandwidth", "link", "read", "write")  # what is measured
 MAX_AGE = 3600  # seconds that measured rates are taken for true
 SAMPLE = 128 * 2**20  # bytes that are copied, written and read to measure
 CUDA_BYTES = 3 * 2**30  # of host memory that a process with CUDA takes before it holds a model
@@ -200,18 +202,19 @@ def measured_rates(backend: str, precision: str, folder: str) -> dict[str, float
     path = rates_file()
     key = f"{backend} {precision} {torch.get_num_threads()} {os.stat(folder).st_dev}"
     known = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(path.read_text())
-    with suppress(KeyError, TypeError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        known = dict(json.loads(path.read_text()))
+    with suppress(LookupError, ValueError, TypeError):
         if abs(time.time() - known[key]["time"]) < MAX_AGE:
-            return {name: float(rate) for name, rate in known[key]["rates"].items()}
+            return {name: float(known[key]["rates"][name]) for name in RATES}
     products = peak_flops(backend, precision)
     bandwidth, link = measure_copies(backend)
     read, write = measure_disk(folder)
-    rates = dict(products=products, bandwidth=bandwidth, link=link, read=read, write=write)
-    with suppress(OSError):
+    rates = dict(zip(RATES, (products, bandwidth, link, read, write), strict=True))
+    with suppress(OSError, UserError):  # it will be measured again
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known | {key: {"time": time.time(), "rates": rates}}))
+        with replacing(path) as writing:
+            writing.write_text(json.dumps(known | {key: {"time": time.time(), "rates": rates}}))
     return rates
 
 

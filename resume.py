@@ -10,7 +10,7 @@ import torch
 from checkpoint import TOKENIZER, Checkpoint, find_checkpoints
 from configuration import MODEL_KEYS, Configuration
 from dataset import EvalBatches, Tokens, TrainBatches
-from errors import UserError
+from errors import UserError, short
 from metrics import read_records, say
 from model import GPT, GPTConfig
 from systems import World
@@ -154,8 +154,8 @@ def model_config(checkpoint: Checkpoint) -> GPTConfig:
     try:
         config = GPTConfig(**{key: keys[key] for key in MODEL_KEYS if key in keys})
         numbers = sum(entry["bytes"] for entry in checkpoint.files.values()) // 4
-        sizes = (config.width, config.vocab_size, config.max_position_embeddings)
-        if config.depth > len(tensors) or max(sizes) > numbers:
+        rows = max(4 * config.width, config.vocab_size, config.max_position_embeddings)
+        if config.depth > len(tensors) or rows * config.width > numbers:
             raise ValueError("it holds no model of that size")
     except (TypeError, ValueError) as error:
         raise UserError(
@@ -195,7 +195,8 @@ def check_tokenizer(checkpoint: Checkpoint, tokens: Tokens) -> None:
     """Refuses data in another vocabulary, which would train to no purpose."""
     theirs = tokens.meta.get("tokenizer_sha256")
     if theirs and checkpoint.files.get(TOKENIZER, {}).get("sha256", theirs) != theirs:
+        name = short(tokens.meta.get("tokenizer"))
         raise UserError(
-            f"{tokens.path} was made with another tokenizer ({tokens.meta.get('tokenizer')}) than "
-            f"{checkpoint.path}; take the dataset that it was trained on"
+            f"{tokens.path} was made with another tokenizer ({name}) than {checkpoint.path}; take "
+            f"the dataset that it was trained on"
         )

@@ -139,12 +139,14 @@ class DiskStore(Store):
     """In a file a unit, below a folder of its own in `parent`, gone when the store is closed.
 
     The files are preallocated, and read and written past the page cache where the file system can.
+    What is read must be what was written, by its checksum.
     Raises UserError where the space is short, or a file can't be read or written.
     """
 
     def __init__(self, sizes: dict[str, int], kinds: int, pin: bool, parent: Path):
         super().__init__(sizes)
         self.kinds, self.files = kinds, {}
+        self.sums: dict[tuple[str, int, int], int] = {}  # by unit, chunk and kind; zeros have 0
         self.free: SimpleQueue[Tensor | None] = SimpleQueue()
         try:
             self.folder, self.claim = _make_folder(parent)
@@ -186,13 +188,18 @@ class DiskStore(Store):
 
     def _read(self, chunk: Chunk) -> Chunk:
         self._move(os.preadv, chunk, chunk.data)
+        for kind, numbers in enumerate(chunk.data, chunk.kinds.start):
+            if checksum(numbers) != self.sums.get((chunk.unit, chunk.index, kind), 0):
+                raise self._lost(chunk, "it does not hold what was written to it")
         return chunk
 
     def _write(self, chunk: Chunk, kinds: slice) -> None:
+        for kind, numbers in enumerate(chunk.data[kinds], chunk.kinds.start + kinds.start):
+            self.sums[chunk.unit, chunk.index, kind] = checksum(numbers)
         self._move(os.pwritev, chunk, chunk.data[kinds])
 
     def _move(self, call: Callable, chunk: Chunk, data: Tensor) -> None:
-        file, path = self.files[chunk.unit], self.folder / chunk.unit
+        file = self.files[chunk.unit]
         rest = memoryview(data.numpy()).cast("B")
         # a chunk's place follows from its number: those before it are whole
         place = (chunk.index * CHUNK * self.kinds + chunk.kinds.start * data.shape[1]) * 4
@@ -202,12 +209,18 @@ class DiskStore(Store):
                 if os.fstat(file).st_size != self.sizes[chunk.unit] * self.kinds * 4:
                     raise OSError(0, "its size has changed, something has cut it")
                 moved = call(file, [rest], place)
+                if moved == 0:
+                    raise OSError(0, "nothing can be moved")
                 rest, place = rest[moved:], place + moved
         except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}; weights can't be streamed through it, and training "
-                f"stops: the last checkpoint is whole, go on from it with --checkpoint_path latest"
-            ) from None
+            raise self._lost(chunk, error.strerror) from None
+
+    def _lost(self, chunk: Chunk, why: str) -> UserError:
+        return UserError(
+            f"{self.folder / chunk.unit}: {why}; weights can't be streamed through it, and "
+            f"training stops: the last checkpoint is whole, go on from it with --checkpoint_path "
+            f"latest"
+        )
 
     def close(self) -> None:
         super().close()
@@ -217,6 +230,12 @@ class DiskStore(Store):
             os.close(descriptor)
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self.claim)
+
+
+def checksum(numbers: Tensor) -> int:
+    """Of fp32 numbers, an even count: their bits, summed up as 64-bit integers, at the speed of the
+    memory. A flipped bit changes it, and so does a page that was lost; 0 for zeros."""
+    return int(numbers.view(torch.int64).sum())
 
 
 PREFIX = "gigagpt-store-"

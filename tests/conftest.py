@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -29,6 +30,11 @@ torch.set_num_threads(1)  # small models are faster so, and sums the same everyw
 def pytest_addoption(parser):
     parser.addoption("--cerebras", help="the Python of Cerebras's environment")
     parser.addoption("--kills", type=int, default=1, help="of workers, in the test of restarts")
+    parser.addoption(
+        "--faults", type=int, default=2, help="of each kind and engine; 0: all there are"
+    )
+    parser.addoption("--seed", type=int, default=time.time_ns() % 2**32, help="of the faults")
+    parser.addoption("--table", type=Path, help="the file to write the table of faults into")
 
 
 def cloned(folder: Path) -> Path:
@@ -80,6 +86,23 @@ def write_dataset(folder: Path, train: str, val: str) -> Path:
         meta["bytes"][split] = len(content)
     write_meta(folder, meta)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tally(request):
+    """tally(fault, engine, tries, note): a row of the table of faults (docs/reliability.md)."""
+    rows, began = [], time.time()
+    yield lambda *row: rows.append(row)
+    if table := request.config.getoption("--table"):
+        seed, day = request.config.getoption("--seed"), time.strftime("%Y-%m-%d")
+        lines = [
+            f"{day}, seed {seed}, {(time.time() - began) / 60:.0f} minutes: "
+            f"{sum(row[2] for row in rows):,} faults.\n",
+            "| fault | where | tries | what came of it |",
+            "| --- | --- | ---: | --- |",
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows),
+        ]
+        table.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ def results(out) -> dict[str, dict]:
     return {line["name"]: line for line in map(json.loads, lines)}
 
 
+@pytest.mark.long
 def test_sides_train_the_same_shape(tmp_path):
     """Eight sequences of random tokens in two steps: the loss is near that of a guess."""
     shape = ["--width", 64, "--depth", 2, "--vocab_size", 257, "--sequence_length", 64]

@@ -23,7 +23,7 @@ MAY_KNOW = {
         *("checkpoint", "configuration", "dataset", "errors", "export", "metrics", "model"),
         *("systems",),
     },
-    "machine": {"configuration", "errors"},
+    "machine": {"configuration", "errors", "files"},
     "plan": {"configuration", "model", "errors", "machine", "engines"},
     "metrics": {"engines", "errors", "files"},
     "engines/__init__": {"configuration", "model", "errors", "engines"},

@@ -150,6 +150,7 @@ def test_bad_arguments(run, config):
     refused(run("plan", config.path, "--devise", "h100"), "--devise is not a known key; did you")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "keys",
     [
