@@ -11,7 +11,7 @@ CEREBRAS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/cerebras-$(shell git h
 # The peers of make bench that want other versions than ours of what we share.
 PEERS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/peers-$(shell git hash-object requirements-bench.txt | cut -c1-12)
 
-.PHONY: install demo test test-cerebras lint loc bench clean
+.PHONY: install demo test test-faults test-cerebras lint loc bench clean
 
 install: .venv/installed
 
@@ -32,6 +32,12 @@ demo: install data/shakespeare_char/meta.json
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# Every fault at every place (docs/reliability.md), and the table of what came of it.
+test-faults: install
+	mkdir -p out
+	$(BIN)/python -m pytest -q -m "long or not long" tests/test_faults.py tests/test_fuzz.py \
+		--faults 0 --table $(or $(TABLE),out/faults.md)
 
 # The engine for Cerebras systems, on its package's CPU backend and up to the request to a cluster.
 test-cerebras: install $(CEREBRAS)/installed
