@@ -102,8 +102,8 @@ def train(config: Configuration, world: World) -> None:
                     raise UserError(
                         f"stopped at step {stats.step}: {skipped} steps in a row had a loss or "
                         f"gradient that is not finite; {good or 'no checkpoint'} is the last that "
-                        f"is good: go on from it in another --out_dir, with a lower learning_rate "
-                        f"or another seed"
+                        f"is good: go on from there in another --out_dir, with a lower "
+                        f"learning_rate or another seed"
                     )
             last = stats.step == config.num_steps
             # of weights that may not work the end alone is saved: others may stand there for long

@@ -211,6 +211,9 @@ def test_steps_that_are_not_finite_change_nothing(small, there, tmp_path):
     done = there("train.py", small.path, *flags)
     refused(done, "stopped at step 10: 10 steps in a row had a loss or gradient that is not finite")
     assert "not finite: this step changed nothing" in done.stdout
+    assert "no checkpoint is the last that is good" in done.stderr
+    assert not list(tmp_path.glob("*.mdl"))
+    worked(there("train.py", small.path, *flags, "--num_steps", 5))  # the end is saved all the same
     saved = Checkpoint(tmp_path / "checkpoint_5.mdl")
     assert (saved.step, saved.updates) == (5, 0)
     model = drawn({**small.values, "init_std": 1e30})
