@@ -195,7 +195,7 @@ def check_tokenizer(checkpoint: Checkpoint, tokens: Tokens) -> None:
     """Refuses data in another vocabulary, which would train to no purpose."""
     theirs = tokens.meta.get("tokenizer_sha256")
     if theirs and checkpoint.files.get(TOKENIZER, {}).get("sha256", theirs) != theirs:
-        name = short(tokens.meta.get("tokenizer"))
+        name = short(tokens.meta.get("tokenizer")).strip("'")
         raise UserError(
             f"{tokens.path} was made with another tokenizer ({name}) than {checkpoint.path}; take "
             f"the dataset that it was trained on"
