@@ -37,7 +37,10 @@ test: install
 test-faults: install
 	mkdir -p out
 	$(BIN)/python -m pytest -q -m "long or not long" tests/test_faults.py tests/test_fuzz.py \
+		tests/test_compile.py::test_a_signal_while_it_compiles \
+		tests/test_prepare.py::test_no_space_keeps_the_old_dataset \
 		--faults 0 --table $(or $(TABLE),out/faults.md)
+	$(BIN)/python tests/killed.py
 
 # The engine for Cerebras systems, on its package's CPU backend and up to the request to a cluster.
 test-cerebras: install $(CEREBRAS)/installed

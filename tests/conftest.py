@@ -151,6 +151,13 @@ def run(monkeypatch, capfd):
     return run
 
 
+def figures(out: Path) -> list[dict]:
+    """What the steps and evaluations gave, without what depends on the clock."""
+    timed = {"tokens_per_second", "mfu"}
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
 def records(out: Path, key: str = "loss") -> list[dict]:
     """The records of out/metrics.jsonl that have `key`."""
     lines = (out / "metrics.jsonl").read_text().splitlines()

@@ -170,7 +170,14 @@ class Writing:
             self.file.flush()
 
         self.hooks.strike(self.file.name)
-        self.hooks.strike(self.file.name, half)
+        try:
+            self.hooks.strike(self.file.name, half)
+        except OSError:
+            if not isinstance(self.file, io.RawIOBase):
+                raise
+            # the system tells how much it wrote, and fails the next call
+            self.hooks.fault.at = self.hooks.points + 1
+            return len(data) // 2
         return self.file.write(data)
 
     def writelines(self, lines: object) -> None:

@@ -268,6 +268,20 @@ def test_ctrl_c_while_saving(small, there, tmp_path):
     assert stopped(done, "SIGINT", tmp_path) == 100
 
 
+@pytest.mark.parametrize("limit", [20_000, 120_000])
+def test_no_space(small, there, python, trained, tmp_path, limit):
+    """For what the package is given, and for what it saves."""
+    train = ["train.py", small.path, "--engine", "cerebras", "--backend", "CPU"]
+    train += ["--out_dir", tmp_path, "--checkpoint_path", "latest"]
+    worked(there(*train, "--num_steps", 5, "--decay_steps", 20))
+    done = typed("prlimit", f"--fsize={limit}", python, *train)
+    refused(done, "File too large")
+    assert "could not be written (" in done.stderr and "free some space" in done.stderr
+    Checkpoint(tmp_path / "checkpoint_5.mdl").verify(0, 1)
+    worked(there(*train))
+    equal(tmp_path, trained, after=10)
+
+
 def test_an_evaluation_leaves_the_files_of_a_training_alone(small, there, trained, tmp_path):
     folder = tmp_path / "cerebras"
     folder.mkdir()

@@ -1,8 +1,14 @@
 """Compiled blocks against eager ones, in every engine that has them."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
-from conftest import records
+from conftest import ROOT, figures, records
 from test_sharded import command
 from test_streaming import equal_runs, streaming_config
 from test_train import close, engine_config, refused, train
@@ -56,6 +62,35 @@ def test_compiled_shards(config, tmp_path):
         seen[name] = records(tmp_path / name)
     for a, b in zip(*seen.values(), strict=True):
         assert close(b["loss"], a["loss"], 1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_compiles(config, tmp_path, monkeypatch, number, tally):
+    """The step is waited for and saved; Ctrl-C reaches what compiles, too."""
+    words = [sys.executable, ROOT / "train.py", config.path, "--compile", "true", "--engine"]
+    words += ["resident", "--checkpoint_path", "latest", "--out_dir"]
+    subprocess.run([*words, tmp_path / "whole"], check=True, capture_output=True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # compile again
+    out = tmp_path / "stopped"
+    run = subprocess.Popen(
+        [*words, out],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `make test &` ignores it
+    )
+    while not run.stdout.readline().startswith("starting fresh"):
+        pass
+    time.sleep(2)
+    (os.kill if number == signal.SIGTERM else os.killpg)(run.pid, number)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert "stopped at step 1;" in said and "Traceback" not in errors
+    subprocess.run([*words, out], check=True, capture_output=True)
+    assert figures(out) == figures(tmp_path / "whole")
+    tally(f"{number.name} while it compiles", "resident", 1, "saved, status 0; equal losses")
 
 
 def test_compiling_takes_a_compiler(run, config, monkeypatch):

@@ -154,7 +154,9 @@ def test_sizes(size, count):
     assert parse_bytes(size, "memory_limit") == count
 
 
-@pytest.mark.parametrize("size", ["lots", "20", "GB", "-1GB", "1.2.3GB", "20gigs"])
+@pytest.mark.parametrize(
+    "size", ["lots", "20", "GB", "-1GB", "1.2.3GB", "20gigs", "9" * 500 + "GB"]
+)
 def test_what_is_not_a_size(size):
     with pytest.raises(UserError, match="is not a size such as 20GB"):
         parse_bytes(size, "disk")

@@ -1,10 +1,11 @@
+import os
 import shutil
 
 import numpy as np
 import pytest
 from conftest import VOCABULARY
 
-from dataset import IGNORE, EvalBatches, TrainBatches, write_meta
+from dataset import IGNORE, EvalBatches, Tokens, TrainBatches, write_meta
 from errors import UserError
 
 
@@ -114,6 +115,14 @@ def test_damaged_datasets(numbers, damage, message):
     damage(numbers)
     with pytest.raises(UserError, match=message):
         TrainBatches(str(numbers), 1003, 10, 4, seed=0)
+
+
+def test_a_pipe_is_no_dataset(numbers):
+    """Opening it would wait forever."""
+    (numbers / "train.bin").unlink()
+    os.mkfifo(numbers / "train.bin")
+    with pytest.raises(UserError, match=r"train\.bin is not a file; run: python"):
+        Tokens(str(numbers), "train", 1000)
 
 
 def test_named_datasets_name_their_own_script(numbers):

@@ -4,7 +4,6 @@
 A part of it by default; all of it, and the table of docs/reliability.md: make test-faults.
 """
 
-import json
 import os
 import random
 import re
@@ -14,13 +13,14 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, VOCABULARY, text, write_dataset
+from conftest import ROOT, VOCABULARY, figures, text, write_dataset
 from faults import Fault, Forks
 
 from checkpoint import Checkpoint, find_checkpoints
@@ -141,13 +141,6 @@ class Runs:
         shutil.rmtree(out)
 
 
-def figures(out: Path) -> list[dict]:
-    """What the steps and evaluations gave, without what depends on the clock."""
-    timed = {"tokens_per_second", "mfu"}
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -221,6 +214,9 @@ def test_killed_at_random_moments(runs, engine, source, request, tally):
         processes = runs.begin(out, *LATEST, *flags)
         time.sleep(source.uniform(0, longest))
         source.choice(processes).kill()
+        for process in processes:  # a launcher ends one that waits for others to join it
+            if not wait([process.sentinel], 30):
+                process.kill()
         seen, *_ = [runs.forks.end(process) for process in processes]
         if seen.status == 0 or "nothing is left to train" in seen.err:
             shutil.rmtree(out)  # it was through before: from the start again

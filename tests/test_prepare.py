@@ -355,6 +355,25 @@ def test_an_interrupt_keeps_the_old_dataset(own, tmp_path):
     assert content(own) == before
 
 
+@pytest.mark.parametrize("limit", [2_000, 60_000, 80_000])
+def test_no_space_keeps_the_old_dataset(own, tmp_path, limit, tally):
+    """Whichever file the limit stops: the documents, their ids, train.bin."""
+    script = own.parent / "prepare.py"
+    args = ["--name", "mine", "--tokenizer", "char", str(tmp_path / "a.jsonl")]
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
+    succeed(script, *args)
+    before = content(own)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    done = subprocess.run(
+        ["prlimit", f"--fsize={limit}", sys.executable, script, *args],
+        capture_output=True,
+        text=True,
+    )
+    assert_fails(done, "data/mine could not be written (File too large); free some space")
+    assert content(own) == before
+    tally(f"no file above {limit:,} bytes", "prepare.py", 1, "a line; the dataset is as it was")
+
+
 def test_a_half_replaced_dataset_has_no_meta(own, tmp_path):
     (own / "val.bin").mkdir(parents=True)  # no file can be renamed to a folder's name
     (own / "meta.json").write_text("old")
