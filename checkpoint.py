@@ -262,6 +262,8 @@ class Checkpoint:
         if step_of(self.path) not in (None, self.step):
             raise self._damaged(f"it is of step {self.step}, and was given another name")
         self._verified: set[str] = set()
+        if TOKENIZER in self.files:  # small, and not every command reads it
+            self._verify(TOKENIZER)
 
     def verify(self, rank: int, world: int) -> None:
         """Checks every world-th file, from the rank-th on: when all systems have, all are right."""
@@ -342,10 +344,7 @@ class Checkpoint:
     @property
     def tokenizer(self) -> Path | None:
         """The file of its tokenizer, unless the model was trained without one."""
-        if TOKENIZER not in self.files:
-            return None
-        self._verify(TOKENIZER)
-        return self.path / TOKENIZER
+        return self.path / TOKENIZER if TOKENIZER in self.files else None
 
 
 def verify(folder: Path) -> int:

@@ -114,6 +114,13 @@ def test_a_flipped_bit_is_found(saved):
         opened.read("norm.weight")
 
 
+def test_a_flipped_bit_of_the_tokenizer_is_found(saved):
+    """By every command, also those that have no use for it."""
+    (saved / "tokenizer.json").write_text("{]")
+    with pytest.raises(UserError, match=r"tokenizer.json was changed \(its checksum differs\)"):
+        Checkpoint(saved)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": 2}', "\0" * 200])
 def test_damaged_manifest(saved, content):
     (saved / "manifest.json").write_text(content)

@@ -146,7 +146,7 @@ def test_training_prints_the_plan(run, config):
 
 def test_bad_arguments(run, config):
     refused(run("plan", config.path, "--device", "abacus"), "device: abacus is not known; known")
-    refused(run("plan", config.path, "--host_memory", "much"), "host_memory: much is not a size")
+    refused(run("plan", config.path, "--host_memory", "much"), "host_memory: 'much' is not a size")
     refused(run("plan", config.path, "--devise", "h100"), "--devise is not a known key; did you")
 
 
