@@ -231,7 +231,7 @@ def test_killed_at_random_moments(runs, engine, source, request, tally):
     tally("SIGKILL at random moments", engine, done, SAME)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ALONE, LONG])
 def test_no_space_at_every_write(runs, engine, some, tally):
     runs = runs(engine)
 
@@ -264,7 +264,7 @@ def test_a_limit_on_files(runs, engine, tally):
     tally("a limit on the size of files (RLIMIT_FSIZE)", engine, 2, f"stopped with a line; {SAME}")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ALONE, LONG])
 def test_reads_that_fail(runs, engine, some, tally):
     """Of the dataset, of the checkpoint, of the store."""
     runs = runs(engine)
@@ -307,7 +307,7 @@ def test_a_clock_that_jumps(runs, engine, source, tally):
     tally("the clock jumps by years, at every look", engine, 1, "equal losses")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ALONE, LONG])
 def test_sigterm_at_every_write(runs, engine, some, tally):
     """While it starts, saves, deletes, and draws: the step is saved, and it ends with status 0."""
     runs = runs(engine)

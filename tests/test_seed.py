@@ -82,6 +82,7 @@ def test_in_the_order_of_the_readme(clone, tmp_path):
     assert "started from the weights of exported" in out
 
 
+@pytest.mark.long
 def test_another_dataset(clone):
     worked(type_in(clone, "python data/shakespeare/prepare.py"))
     line = "python train.py configs/111m.yaml --dataset data/shakespeare"
@@ -90,6 +91,7 @@ def test_another_dataset(clone):
     assert "step 3/3" in worked(type_in(clone, line, *small))
 
 
+@pytest.mark.long
 def test_models_larger_than_the_memory(clone):
     line = "python train.py configs/1p3b.yaml --dataset data/shakespeare --batch_size 8"
     line += " --micro_batch_size 1 --sequence_length 512 --num_steps 5 --memory_limit 6GB"

@@ -106,6 +106,7 @@ def test_bf16_follows_resident(run, config, tmp_path):
         assert close(b["grad_norm"], a["grad_norm"], 5e-2)
 
 
+@pytest.mark.long
 def test_a_checkpoint_crosses(run, config, tmp_path):
     """resident, 2, 1, 4, 3, streaming, resident: the numbers are those of one resident run."""
     flags = [config.path, "--vocab_size", 50257, "--eval_batches", 1, "--decay_steps", 30]
@@ -196,6 +197,7 @@ def test_other_commands_take_its_checkpoints(two, run, tmp_path):
     assert seen.status == 0, seen.err
 
 
+@pytest.mark.long
 def test_a_changed_model_trains_sharded(config, tmp_path):
     """model.py alone changes, as in the test of streaming."""
     clone = cloned(tmp_path / "clone")
@@ -245,6 +247,7 @@ def test_a_lost_system_ends_the_run(config):
 
 
 @pytest.mark.parametrize("words", ["checkpoint_6", "val_loss"])
+@pytest.mark.long
 def test_a_run_that_was_lost_after_its_last_step_ends_well(run, config, words):
     """All is trained and saved; a restart, or a second start, evaluates if that is missing."""
     process = begin("train", config.path, "--num_systems", 2, "--max_restarts", 1)

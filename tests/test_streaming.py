@@ -328,6 +328,7 @@ def test_what_does_not_fit_in_memory(config):
     assert 1 <= int(err.split("memory, ")[1].split(" do")[0]) < 8192
 
 
+@pytest.mark.long
 def test_peak_memory_does_not_grow_with_depth(config):
     flags = ["--engine", "streaming", "--stream_to", "disk", "--recompute", "true", "--width", 512]
     flags += ["--num_steps", 2, "--batch_size", 1, "--checkpoint_steps", 2, "--eval_batches", 1]

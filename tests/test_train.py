@@ -575,6 +575,7 @@ def peak_memory(out: str) -> float:
     return float(re.findall(r"\| ([\d.]+) GB \|", out)[-1])
 
 
+@pytest.mark.long
 def test_peak_memory_does_not_grow_with_the_batch(config):
     """The original had no gradient accumulation: its batch_size was one forward pass."""
     flags = ["--width", 256, "--depth", 4, "--micro_batch_size", 4, "--num_steps", 1]
