@@ -430,7 +430,7 @@ def test_a_damaged_file_of_the_store(runs, damage, source, tally):
         tries, outcome = 1, "went on to equal losses"
     else:
         tries = next(count for count in range(1, 11) if refused())
-        outcome = f"1 stopped with a line, {tries - 1} were written over: equal losses"
+        outcome = f"1 stopped with a line, {tries - 1} written over: equal losses"
     tally(f"a file of the store is {damage}", "streaming, disk", tries, outcome)
 
 
