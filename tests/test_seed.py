@@ -28,6 +28,13 @@ def clone(tmp_path_factory) -> Path:
     return clone
 
 
+@pytest.fixture(scope="module")
+def shakespeare(clone) -> str:
+    """The folder of this dataset in the clone."""
+    worked(type_in(clone, "python data/shakespeare/prepare.py"))
+    return "data/shakespeare"
+
+
 def type_in(clone: Path, line: str, *more: str) -> subprocess.CompletedProcess:
     """Runs a command line that stands in the README, with `more` to keep it small."""
     assert line in (clone / "README.md").read_text(), f"the README does not say: {line}"
@@ -83,17 +90,16 @@ def test_in_the_order_of_the_readme(clone, tmp_path):
 
 
 @pytest.mark.long
-def test_another_dataset(clone):
-    worked(type_in(clone, "python data/shakespeare/prepare.py"))
-    line = "python train.py configs/111m.yaml --dataset data/shakespeare"
+def test_another_dataset(clone, shakespeare):
+    line = f"python train.py configs/111m.yaml --dataset {shakespeare}"
     line += " --batch_size 8 --num_steps 3"
     small = ["--depth", "1", "--sequence_length", "64", "--eval_batches", "1", "--out_dir", "other"]
     assert "step 3/3" in worked(type_in(clone, line, *small))
 
 
 @pytest.mark.long
-def test_models_larger_than_the_memory(clone):
-    line = "python train.py configs/1p3b.yaml --dataset data/shakespeare --batch_size 8"
+def test_models_larger_than_the_memory(clone, shakespeare):
+    line = f"python train.py configs/1p3b.yaml --dataset {shakespeare} --batch_size 8"
     line += " --micro_batch_size 1 --sequence_length 512 --num_steps 5 --memory_limit 6GB"
     small = ["--width", "64", "--depth", "2", "--eval_batches", "1", "--out_dir", "streamed"]
     small += ["--engine", "streaming", "--stream_to", "disk", "--num_steps", "1"]
@@ -106,9 +112,9 @@ def test_models_larger_than_the_memory(clone):
         assert "streaming" in worked(type_in(clone, line))
 
 
-def test_many_systems(clone):
+def test_many_systems(clone, shakespeare):
     line = "python train.py configs/111m.yaml --num_systems 2"
-    small = ["--dataset", "data/shakespeare", "--width", "96", "--depth", "1", "--batch_size", "2"]
+    small = ["--dataset", shakespeare, "--width", "96", "--depth", "1", "--batch_size", "2"]
     small += ["--sequence_length", "64", "--num_steps", "1", "--eval_batches", "1"]
     out = worked(type_in(clone, line, *small, "--backend", "CPU", "--out_dir", "sharded"))
     assert "2 systems of 2 to a copy" in out and "step 1/1" in out
