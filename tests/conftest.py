@@ -154,8 +154,7 @@ def run(monkeypatch, capfd):
 def figures(out: Path) -> list[dict]:
     """What the steps and evaluations gave, without what depends on the clock."""
     timed = {"tokens_per_second", "mfu"}
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+    return [{k: v for k, v in line.items() if k not in timed} for line in records(out, "step")]
 
 
 def records(out: Path, key: str = "loss") -> list[dict]:
