@@ -15,6 +15,7 @@ Several systems write one together, each the rows that it has. `world` is what t
 one's (systems.py).
 """
 
+import ast
 import fcntl
 import hashlib
 import os
@@ -36,13 +37,25 @@ from tqdm import tqdm
 
 from configuration import check_types
 from errors import UserError, command, short
-from files import count_of, read_sealed, write_sealed
+from files import Changed, count_of, follow_umask, read_sealed, write_sealed
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 UNFINISHED = (".writing", ".deleting")
+
+
+def model_code(folder: Path) -> str:
+    """A digest of the code that computes the model, without comments and layout."""
+    files = (folder / name for name in ("model.py", "loss.py"))
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in files)
+    return hashlib.sha256("".join(map(ast.unparse, trees)).encode()).hexdigest()
+
+
+MODEL_CODE = model_code(
+    Path(__file__).parent
+)  # at the start: the files may be edited while this process runs
 
 
 def checkpoint_path(out_dir: Path, step: int) -> Path:
@@ -55,6 +68,15 @@ def find_checkpoints(out_dir: Path) -> dict[int, Path]:
     found = {step_of(path): path for path in paths if (path / MANIFEST).is_file()}
     found.pop(None, None)
     return dict(sorted(found.items()))
+
+
+def newest(name: str, out_dir: Path) -> Path | None:
+    """The checkpoint that a user names by its path, by the folder of a run, whose newest it is, or
+    by `latest`, the newest in out_dir; None where that has none."""
+    found = find_checkpoints(out_dir if name == "latest" else Path(name))
+    if found:
+        return found[max(found)]
+    return None if name == "latest" else Path(name)
 
 
 def step_of(path: Path) -> int | None:
@@ -118,22 +140,23 @@ def save(
     config: dict,
     keep: int | None,
     world,
+    tokenizer: bytes | None = None,
 ) -> Path:
     """Writes a checkpoint and deletes all but the newest `keep`.
 
-    progress: step, updates (steps that changed the weights), train_tokens (in the dataset) and
-    recent (losses and norms of the last steps, for the guard against spikes).
+    progress: step, updates (steps that changed the weights), tokens (seen so far), train_digest (of
+    train.bin) and recent (losses and norms of the last steps, for the guard against spikes).
     state: (name of a file, its tensors by name), emptied once they are written; of a tensor that
-    several systems have, each gives the rows that follow those of the rank before it. The
-    tokenizer of config["dataset"] is carried along. A checkpoint that is already there is left as
-    it is. Raises UserError when it can't be written; then no folder has its name.
+    several systems have, each gives the rows that follow those of the rank before it.
+    tokenizer: the content of tokenizer.json, if there is one. A checkpoint that is already there is
+    left as it is. Raises UserError when it can't be written; then no folder has its name.
     """
     path, first = checkpoint_path(out_dir, progress["step"]), world.rank == 0
     writing = path.with_name(path.name + UNFINISHED[0])
     with world.together():
         there = (path / MANIFEST).is_file()
         if first and not there:
-            if path.exists():
+            if os.path.lexists(path):
                 _delete(path)  # not ours, or not whole: only whole ones are given the name
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
@@ -145,8 +168,10 @@ def save(
         gathered = world.gather(written)
         with world.together(), _told(path):
             if first:
-                manifest = {"format": FORMAT, **progress, "config": config}
-                _finish(path, writing, manifest, [part for rank in gathered for part in rank])
+                manifest = {"format": FORMAT, "model_code": MODEL_CODE, **progress}
+                manifest["config"] = config
+                parts = [part for rank in gathered for part in rank]
+                _finish(path, writing, manifest, parts, tokenizer)
     finally:
         if first:
             shutil.rmtree(writing, ignore_errors=True)  # not there any more when all went well
@@ -171,13 +196,16 @@ def _write(folder: Path, group: str, members: dict[str, Tensor]) -> tuple[str, d
     """Writes a file; returns its name, what it is, and the dtype and shape of its tensors."""
     name = f"{group}.safetensors"
     save_file({k: tensor.contiguous() for k, tensor in members.items()}, folder / name)
+    follow_umask(folder / name)
     kinds = {k: (str(t.dtype).removeprefix("torch."), list(t.shape)) for k, t in members.items()}
     members.clear()  # frees them before the next are made, whoever passed them on
     _sync(folder / name)
     return name, _describe(folder / name), kinds
 
 
-def _finish(path: Path, writing: Path, manifest: dict, written: list[tuple]) -> None:
+def _finish(
+    path: Path, writing: Path, manifest: dict, written: list[tuple], tokenizer: bytes | None
+) -> None:
     """Completes a folder in which all files are, and gives it its name."""
     files, tensors = {}, {}
     for name, description, kinds in written:
@@ -188,9 +216,8 @@ def _finish(path: Path, writing: Path, manifest: dict, written: list[tuple]) -> 
                 rows = [entry["shape"][0], entry["shape"][0] + shape[0]]
                 entry["parts"].append({"file": name, "rows": rows})
                 entry["shape"][0] = rows[1]
-    tokenizer = Path(manifest["config"]["dataset"]) / TOKENIZER
-    if tokenizer.is_file():
-        shutil.copyfile(tokenizer, writing / TOKENIZER)
+    if tokenizer is not None:
+        (writing / TOKENIZER).write_bytes(tokenizer)
         files[TOKENIZER] = _describe(writing / TOKENIZER)
         _sync(writing / TOKENIZER)
     write_sealed(writing / MANIFEST, manifest | {"files": files, "tensors": tensors})
@@ -221,6 +248,9 @@ def prune(out_dir: Path, keep: int | None) -> None:
 
 
 def _delete(path: Path) -> None:
+    if path.is_symlink():  # what was moved to another disk is left there
+        path.unlink()
+        return
     deleting = path.with_name(path.name + UNFINISHED[1])
     path.rename(deleting)
     shutil.rmtree(deleting)
@@ -241,9 +271,11 @@ class Checkpoint:
         try:
             manifest = read_sealed(self.path / MANIFEST)
             if manifest["format"] != FORMAT:
-                raise ValueError(f"its format is {short(manifest['format'])}, not {FORMAT}")
+                made = short(manifest["format"])
+                raise UserError(f"{self.path} has format {made}; this program reads {FORMAT}")
             self.step, self.updates = count_of(manifest["step"]), count_of(manifest["updates"])
-            self.train_tokens = count_of(manifest["train_tokens"])
+            self.tokens, self.train_digest = count_of(manifest["tokens"]), manifest["train_digest"]
+            self.model_code = manifest["model_code"]
             self.recent = [(float(loss), float(norm)) for loss, norm in manifest["recent"]]
             self.config, self.files = dict(manifest["config"]), dict(manifest["files"])
             self.tensors = dict(manifest["tensors"])
@@ -254,11 +286,11 @@ class Checkpoint:
             for name, entry in self.tensors.items():
                 self._check_tensor(name, entry, room)
         except OSError as error:
-            raise self._damaged(f"{MANIFEST} can't be read ({error.strerror})") from None
+            raise self._unread(error) from None
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
-            raise self._damaged(f"{MANIFEST}: {error}") from None
+            raise self._damaged(f"{MANIFEST}: {error}", isinstance(error, Changed)) from None
         if step_of(self.path) not in (None, self.step):
             raise self._damaged(f"it is of step {self.step}, and was given another name")
         self._verified: set[str] = set()
@@ -271,9 +303,23 @@ class Checkpoint:
             self._verify(name)
         self._verified = set(self.files)
 
-    def _damaged(self, what: str) -> UserError:
+    def _damaged(self, what: str, changed: bool = False) -> UserError:
+        """changed: a checksum differs, so that it is of no use any more."""
+        if not self.path.exists():
+            return UserError(
+                f"{self.path} was deleted while it was read, as a run with `keep` deletes what is "
+                f"older; take --checkpoint_path latest"
+            )
         what = what[:500]  # names are as long as who wrote the manifest wants
-        return UserError(f"{self.path} is damaged: {what}; delete it to go on from the one before")
+        cure = "delete it to go on from the one before" if changed else "copy it again, if you can"
+        return UserError(f"{self.path} is damaged: {what}; {cure}")
+
+    def _unread(self, error: OSError) -> UserError:
+        """The system could not read a file, which may be right all the same."""
+        if isinstance(error, FileNotFoundError):
+            return self._damaged(f"{Path(error.filename or '').name} is missing")
+        file = error.filename or self.path
+        return UserError(f"{file} can't be read ({error.strerror or error}); try again")
 
     def _check_file(self, name: str, size: int, sha256: str) -> None:
         file = self.path / name
@@ -306,9 +352,9 @@ class Checkpoint:
         try:
             found = _describe(self.path / name)["sha256"]
         except OSError as error:
-            raise self._damaged(f"{name} can't be read ({error.strerror})") from None
+            raise self._unread(error) from None
         if found != self.files[name]["sha256"]:
-            raise self._damaged(f"{name} was changed (its checksum differs)")
+            raise self._damaged(f"{name} was changed (its checksum differs)", changed=True)
         self._verified.add(name)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -338,13 +384,22 @@ class Checkpoint:
                         f"{name} is {whole.get_dtype()} of shape {found} in {part['file']}"
                     )
                 return whole[low - first : high - first]
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise self._unread(error) from None
+        except SafetensorError as error:
             raise self._damaged(f"{part['file']}: {error}") from None
 
     @property
     def tokenizer(self) -> Path | None:
         """The file of its tokenizer, unless the model was trained without one."""
         return self.path / TOKENIZER if TOKENIZER in self.files else None
+
+
+def open_newest(name: str, out_dir: Path = Path("model_dir")) -> Checkpoint:
+    """The checkpoint that a user names (see `newest`); raises UserError where there is none."""
+    if (path := newest(name, out_dir)) is None:
+        raise UserError(f"{out_dir} has no checkpoint; name the run's --out_dir")
+    return Checkpoint(path)
 
 
 def verify(folder: Path) -> int:

@@ -142,15 +142,32 @@ _MOST = {  # of a model that can be laid out in seconds, without its memory
 MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
 _KINDS = {field.name: field.type for field in fields(Configuration) if field.type is not Cluster}
 _KINDS |= {f"cluster.{field.name}": field.type for field in fields(Cluster)}
+# Names of nanoGPT's configuration, and ours
+NANOGPT = {
+    "n_layer": "depth",
+    "n_head": "heads",
+    "n_embd": "width",
+    "block_size": "sequence_length",
+    "device": "backend",
+    "dtype": "precision",
+    "lr": "learning_rate",
+    "max_iters": "num_steps",
+    "warmup_iters": "warmup_steps",
+    "lr_decay_iters": "decay_steps",
+    "grad_clip": "max_gradient_norm",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "eval_interval": "eval_steps",
+    "eval_iters": "eval_batches",
+}
 _LONGEST = 2**16  # bytes of a configuration file; all keys take 2,000, and YAML is slow to read
 
 
-def parse_configuration(description: str, **more: type) -> tuple[Configuration, dict]:
+def parse_configuration(description: str, **more: tuple[type, str]) -> tuple[Configuration, dict]:
     """Reads `CONFIG [--key value ...]` from the command line.
 
-    Returns the configuration and the values of `more`, options by name and type that are not of it:
-    None, or False for a bool, which takes no value, where they are not given. Raises UserError for
-    an unknown key (with the nearest known one) or a value of the wrong type.
+    Returns the configuration and the values of `more`, further options by name, with their types
+    and help texts: None where they are not given, or False for a bool, which takes no value. Raises
+    UserError for an unknown key (with the nearest known one) or a value of the wrong type.
     """
     arguments = sys.argv[1:]
     parser = ArgumentParser(
@@ -161,9 +178,9 @@ def parse_configuration(description: str, **more: type) -> tuple[Configuration, 
         print_config=None,
     )
     parser.add_argument("CONFIG", help="a file; its keys are these:")
-    for name, kind in more.items():
+    for name, (kind, text) in more.items():
         form = {"action": "store_true"} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{name}", **form)
+        parser.add_argument(f"--{name}", help=text, **form)
     parser.add_class_arguments(Configuration)
     if {"-h", "--help"} & set(arguments):
         parser.parse_args(["--help"])
@@ -174,7 +191,10 @@ def parse_configuration(description: str, **more: type) -> tuple[Configuration, 
     try:
         typed = vars(parser.parse_args(arguments, defaults=False))
         del typed["CONFIG"]
-        given = {name: typed.pop(name, False if more[name] is bool else None) for name in more}
+        given = {
+            name: typed.pop(name, False if kind is bool else None)
+            for name, (kind, _) in more.items()
+        }
         typed["cluster"] = vars(typed["cluster"]) if "cluster" in typed else {}
         values |= _flat(typed)
         cluster = {key: values.pop(f"cluster.{key}") for key in _cluster_keys(values)}
@@ -268,17 +288,21 @@ def _cluster_keys(values: dict) -> list[str]:
     return [key.removeprefix("cluster.") for key in values if key.startswith("cluster.")]
 
 
-def write_configuration(config: Configuration, path: Path) -> None:
-    """Writes a file that is a configuration again."""
+def write_configuration(config: Configuration, resolved: Configuration, path: Path) -> None:
+    """Writes a file that is a configuration again, also for another machine or number of systems:
+    what the planner chose for this one is in its comments."""
+    asked, chosen = asdict(config), asdict(resolved)
+    chosen = {key: value for key, value in chosen.items() if value != asked[key]}
+    comments = "".join(f"# chosen here: {line}\n" for line in yaml.safe_dump(chosen).splitlines())
     with replacing(path) as writing:
-        writing.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        writing.write_text(comments + yaml.safe_dump(asked, sort_keys=False), encoding="utf-8")
 
 
 def _check_keys(keys: list[str], prefix: str, *more: str) -> None:
     known = [*_KINDS, "cluster", *more]
     for key in keys:
         if key not in known:
-            near = [name for name in known if name.endswith(f".{key}")]
+            near = [name for name in known if name.endswith(f".{key}") or name == NANOGPT.get(key)]
             near = near or difflib.get_close_matches(key[:100], known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the keys"
             raise UserError(f"{prefix}{key[:100]} is not a known key; {hint}")

@@ -8,6 +8,7 @@ of all: each block of a file is verified when it is read for the first time.
 rows of the global batch, so that its content does not depend on how many there are.
 """
 
+import copy
 import hashlib
 import os
 import zlib
@@ -21,6 +22,13 @@ from files import count_of, read_sealed, write_sealed
 
 IGNORE = -100  # a target that is not counted
 BLOCK = 2**18  # bytes of a file that have a checksum: 9 billion tokens have 70,000
+
+
+def find_folder(name: str) -> Path:
+    """The folder of a dataset; a relative one that is not below the current folder is looked for in
+    the repository, where configurations place theirs."""
+    path, ours = Path(name), Path(__file__).parent / name
+    return ours if not path.exists() and ours.exists() else path
 
 
 def write_meta(folder: Path, meta: dict) -> dict:
@@ -39,34 +47,38 @@ def write_meta(folder: Path, meta: dict) -> dict:
 
 
 class Tokens:
-    """The ids of one split of a dataset; `meta` is what its meta.json holds, `text_bytes` the size
-    of the text that the split stands for, if it is known.
+    """The ids of one split of a dataset, from files that stay open: who prepares it anew does not
+    change them. `meta` is what its meta.json holds, `text_bytes` the size of the text that the
+    split stands for, if it is known, `tokenizer` the content of tokenizer.json, if there is one.
 
     Raises UserError where the folder is not a prepared dataset, a file of it does not hold what
-    meta.json says, or its ids do not fit in `vocab_size`.
+    meta.json says, its ids do not fit in `vocab_size`, or its digest is not `digest`.
     """
 
-    def __init__(self, folder: str, split: str, vocab_size: int):
-        self.path = Path(folder) / f"{split}.bin"
-        script = Path(folder) / "prepare.py"
-        own = f"data/prepare.py --name {Path(folder).name} FILES..."
-        self.cure = cure = f"run: python {script if script.is_file() else own}"
-        for path in (self.path, Path(folder, "meta.json"), Path(folder, "tokenizer.json")):
+    def __init__(self, name: str, split: str, vocab_size: int, digest: str | None = None):
+        folder = find_folder(name)
+        self.origin = (str(folder.absolute()), split, vocab_size)
+        self.path = folder / f"{split}.bin"
+        self.cure = cure = _cure(folder)
+        for path in (self.path, folder / "meta.json", folder / "tokenizer.json"):
             if path.exists() and not path.is_file():  # opening a pipe would wait forever
                 raise UserError(f"{path} is not a file; {cure}")
         try:
-            self.meta = meta = read_sealed(Path(folder, "meta.json"))
+            self.meta = meta = read_sealed(folder / "meta.json")
             self.dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
             self.count, self.ids = count_of(meta["tokens"][split]), count_of(meta["vocab_size"])
             self.text_bytes = count_of(meta.get("bytes", {}).get(split, 0))
             self.checksums = list(meta["crc32"][split])
             self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115
             size = os.fstat(self.file.fileno()).st_size
-            sha256 = meta.get("tokenizer_sha256")
-            if sha256 is not None and sha256 != _sha256(Path(folder, "tokenizer.json")):
+            sha256, path = meta.get("tokenizer_sha256"), folder / "tokenizer.json"
+            known = sha256 is not None or path.is_file()
+            self.tokenizer = path.read_bytes() if known else None
+            if sha256 is not None and sha256 != hashlib.sha256(self.tokenizer).hexdigest():
                 raise UserError(f"{folder}/tokenizer.json is not the one of meta.json; {cure}")
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename} is missing: prepare the dataset; {cure}") from None
+            missing = Path(error.filename).absolute()
+            raise UserError(f"{missing} is missing: prepare the dataset; {cure}") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -85,7 +97,15 @@ class Tokens:
                 f"{folder} has {self.ids:,} token ids, the model's vocab_size is {vocab_size:,}; "
                 f"add --vocab_size {self.ids} or take another dataset"
             )
+        content = repr((self.dtype.name, self.count, self.checksums))
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
+        if digest not in (None, self.digest):
+            raise UserError(f"{self.path} was replaced while it was in use; start again")
         self.verified = np.zeros(len(self.checksums), bool)
+
+    def __reduce__(self) -> tuple:
+        """Another process opens the files again, which must hold the same."""
+        return Tokens, (*self.origin, self.digest)
 
     def read(self, begin: int, count: int) -> np.ndarray:
         """Ids begin to begin + count, int64."""
@@ -126,11 +146,39 @@ class Tokens:
         return b"".join(parts)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _cure(folder: Path) -> str:
+    """The command that makes what is missing in the folder of a dataset."""
+    program = os.path.relpath(Path(__file__).parent / "data" / "prepare.py")
+    if (folder / "prepare.py").is_file():
+        return f"run: python {os.path.relpath(folder / 'prepare.py')}"
+    if (folder / "train.bin").is_file() and not (folder / "meta.json").exists():
+        return f"if its tokens are GPT-2's, run: python {program} --adopt {folder}"
+    return f"run: python {program} --name {folder.name} FILES..."
 
 
-class TrainBatches:
+class Batches:
+    """What batches have in common: opened tokens, and the part of one of `world` systems."""
+
+    tokens: Tokens
+    rank: int
+    world: int
+
+    def share(self, rank: int, world: int) -> "Batches":
+        """The same batches, of which `rank` takes its rows."""
+        mine = copy.copy(self)
+        mine.rank, mine.world = rank, world
+        return mine
+
+
+@lru_cache(maxsize=2)
+def _draw_epoch(seed: int, epoch: int, room: int, windows: int) -> tuple[int, np.ndarray]:
+    """An epoch's offset, and the order of its windows."""
+    # RandomState's numbers are frozen for good: the order survives upgrades of numpy
+    random = np.random.RandomState([seed, epoch])
+    return random.randint(room + 1), random.permutation(windows)
+
+
+class TrainBatches(Batches):
     """`batches[step]` -> (ids, targets), each int64 of (rows of this rank, sequence_length).
 
     Each epoch cuts the text into windows from another offset and visits them in another order.
@@ -157,7 +205,6 @@ class TrainBatches:
             )
         self.windows = max(1, whole - 1)  # one less leaves room to shift them
         self.room = self.tokens.count - 1 - self.windows * sequence_length
-        self.epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         mine = np.array_split(self.places(step), self.world)[self.rank]
@@ -171,16 +218,11 @@ class TrainBatches:
 
     def _begin(self, number: int) -> int:
         epoch, place = divmod(number, self.windows)
-        shift, order = self.epoch(epoch)
+        shift, order = _draw_epoch(self.seed, epoch, self.room, self.windows)
         return shift + int(order[place]) * self.length
 
-    def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        # RandomState's numbers are frozen for good: the order survives upgrades of numpy
-        random = np.random.RandomState([self.seed, epoch])
-        return random.randint(self.room + 1), random.permutation(self.windows)
 
-
-class EvalBatches:
+class EvalBatches(Batches):
     """`batches[i]` for i below `len(batches)`: val.bin in order, every token predicted once.
 
     The last window is as short as what is left; in a batch it is padded with targets IGNORE. With

@@ -1,5 +1,7 @@
 """How a command reports errors: what a user can cause in one line, a bug with its traceback."""
 
+import errno
+import io
 import os
 import reprlib
 import signal
@@ -22,6 +24,7 @@ def command(main: Callable[[], int | None]) -> NoReturn:
     status 1, an interrupt from the keyboard status 130. Every other exception is a bug and keeps
     its traceback.
     """
+    _open_console()
     try:
         status = main()
     except KeyboardInterrupt:
@@ -33,6 +36,36 @@ def command(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         status = 1
     sys.exit(status)
+
+
+class _Console(io.FileIO):
+    """Where a command writes; what nobody reads any more, as Ctrl-C ends `| tee` too, is lost."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe, a terminal
+                raise
+            return len(data)
+
+
+def _open_console() -> None:
+    """Makes stdin, stdout and stderr usable however the command was started: closed ones lead to
+    nowhere, and what their encoding lacks is escaped."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened would take this number
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        number = number if before else os.open(os.devnull, os.O_WRONLY)
+        buffer = io.BufferedWriter(_Console(number, "w", closefd=False))
+        encoding = before.encoding if before else "utf-8"
+        after = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
+        setattr(sys, name, after)
 
 
 def explain(error: Exception) -> str | None:

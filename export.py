@@ -6,21 +6,27 @@ Our tensors and those of transformers' GPT2LMHeadModel differ in name, and its l
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from itertools import groupby
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jsonargparse import auto_cli
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, open_newest
 from configuration import Configuration
+from dataset import Tokens
 from errors import UserError, command, short
-from model import GPTConfig
+from files import follow_umask
+from machine import host_memory
+from model import GPT, GPTConfig
 from resume import model_config, with_model
 
 INDEX = "model.safetensors.index.json"  # the name transformers looks for
@@ -83,26 +89,89 @@ def hugging_face_config(config: GPTConfig):
     )
 
 
-def hugging_face_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """(their name, tensor), one at a time."""
-    for name in checkpoint.tensors:
-        if name.startswith("exp_avg"):
+class NotGPT2(UserError):
+    """The model is not one that transformers' GPT-2 can be."""
+
+
+def hugging_face_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Their name of each weight, by ours; NotGPT2 where GPT-2 has none."""
+    names = [name for name in checkpoint.tensors if not name.startswith("exp_avg")]
+    try:
+        return {name: hugging_face_name(name) for name in names}
+    except (KeyError, ValueError) as error:
+        where = f"{short(error.args[0])} of {checkpoint.path}"
+        raise NotGPT2(f"{where} has no place in transformers' GPT-2") from None
+
+
+def hugging_face_tensors(checkpoint: Checkpoint, unit: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(their name, tensor), one at a time: of a unit of the model, or of all."""
+    for name, theirs in hugging_face_names(checkpoint).items():
+        if not name.startswith(unit):
             continue
-        try:
-            theirs = hugging_face_name(name)
-        except (KeyError, ValueError):
-            raise UserError(f"{short(name)} of {checkpoint.path} has no place in GPT-2") from None
         tensor = checkpoint.read(name)
         yield theirs, tensor.T.contiguous() if is_transposed(name) else tensor
         if not checkpoint.config.get("bias", True) and not name.startswith("embedding"):
             yield theirs.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])
 
 
+@torch.no_grad()
+def check_gpt2(checkpoint: Checkpoint, config: GPTConfig, positions: int) -> None:
+    """Raises NotGPT2 where transformers' GPT-2 computes something else from a checkpoint's weights
+    than model.py does. Each layer of both is given the same input, at first `positions` random ids;
+    no more than a layer is in memory."""
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+    theirs_config = hugging_face_config(config)
+    theirs_config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model, block = GPT(config).eval(), GPT2Block(theirs_config, 0).eval()
+    ids = torch.randint(config.vocab_size, (1, positions), generator=torch.Generator())
+
+    def load(unit: str) -> dict[str, Tensor]:
+        """Loads a unit of ours, and returns their tensors."""
+        module = model.get_submodule(unit)
+        names = [name for name, _ in module.named_parameters()]
+        assign(module, ((name, checkpoint.read(f"{unit}.{name}")) for name in names))
+        tensors = hugging_face_tensors(checkpoint, f"{unit}.")
+        return {name.split(".", 1)[1]: tensor for name, tensor in tensors}
+
+    def compare(unit: str, ours: Tensor, theirs: Tensor, x: Tensor | float = 0.0) -> Tensor:
+        """Compares what a unit made of x; returns ours."""
+        x = torch.as_tensor(x)
+        tolerance = 1e-4 * (ours - x).norm() + 1e-6 * x.norm()  # the second is fp32's rounding
+        if not (ours - theirs).norm() <= tolerance:
+            raise NotGPT2(f"{unit} of model.py computes something else than transformers' GPT-2")
+        return ours
+
+    theirs = load("embedding")
+    embedded = theirs["wte.weight"][ids] + theirs["wpe.weight"][:positions]
+    x = compare("embedding", model.embed(ids), embedded)
+    blocks = tqdm(model.decoder, "comparing", unit="block", disable=None, leave=False)
+    for i, ours in enumerate(blocks):
+        theirs = load(f"decoder.{i}")
+        assign(block, ((name.split(".", 2)[2], tensor) for name, tensor in theirs.items()))
+        output = block(x)
+        output = output[0] if isinstance(output, tuple) else output  # before transformers 5
+        x = compare(f"decoder.{i}", ours(x), output, x)
+        ours.to("meta")
+    theirs, x = load("norm"), x[:, -64:]  # of few positions: their logits are large
+    normed = F.layer_norm(x, x.shape[-1:], theirs["ln_f.weight"], theirs["ln_f.bias"])
+    compare("head", model.head(x), F.linear(normed, model.embedding.tokens.weight))
+
+
+def assign(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Makes these the module's parameters, one at a time; NotGPT2 where a shape is another."""
+    for name, tensor in tensors:
+        path, _, attribute = name.rpartition(".")
+        if (shape := module.get_parameter(name).shape) != tensor.shape:
+            raise NotGPT2(f"{name} has shape {list(tensor.shape)}, GPT-2's is {list(shape)}")
+        setattr(module.get_submodule(path), attribute, nn.Parameter(tensor, requires_grad=False))
+
+
 def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
     """The run of `config` with the model of its init_from, a folder or hub name of Hugging Face
-    GPT-2, and `read(our name, rows)` over its weights."""
-    from transformers import AutoConfig, GPT2LMHeadModel
-    from transformers.utils.logging import disable_progress_bar
+    GPT-2, and `read(our name, rows)` over its weights, which stay in their files."""
+    from transformers import AutoConfig
 
     source = config.init_from
     try:
@@ -111,24 +180,76 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
             if (value := getattr(theirs, key, None)) not in values:
                 raise ValueError(f"this model can't be it, as its {key} is {str(value)[:100]}")
         config = with_model(config, _model_of(theirs, config))  # refuses what none can lay out
-        disable_progress_bar()
-        kind = {"dtype": torch.float32, "attn_implementation": "eager"}  # theirs can name a program
-        theirs_model, report = GPT2LMHeadModel.from_pretrained(
-            source, **kind, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}")
+        places = _places(source)
+        with torch.device("meta"):
+            model = GPT(config)
+        for name, parameter in model.named_parameters():
+            shape = list(parameter.T.shape if is_transposed(name) else parameter.shape)
+            if (key := hugging_face_name(name)) not in places:
+                raise ValueError(f"it lacks {key}")
+            if places[key][2] != shape:
+                raise ValueError(f"{key} has shape {places[key][2]}, its config.json's is {shape}")
     except Exception as error:  # transformers raises no narrower one for what a file can hold
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"init_from: {source}: {reason}") from None
-
-    state = theirs_model.state_dict()
+        raise _not_loaded(source, error) from None
 
     def read(name: str, rows: slice | None = None) -> Tensor:
-        tensor = state[hugging_face_name(name)]
-        return (tensor.T if is_transposed(name) else tensor)[rows or slice(None)]
+        file, key, _ = places[hugging_face_name(name)]
+        with safe_open(file, "pt") as opened:
+            tensor, rows = opened.get_slice(key), rows or slice(None)
+            return (tensor[:, rows].T if is_transposed(name) else tensor[rows]).float()
 
     return config, read
+
+
+def _not_loaded(source: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"init_from: {source}: {reason}")
+
+
+def _places(source: str) -> dict[str, tuple[str, str, list[int]]]:
+    """The file, the name in it and the shape of each tensor of a folder or hub name, by its full
+    name."""
+    index, names = find_file(source, INDEX), ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
+    places = {}
+    for name in names:
+        if Path(name).name != name or (file := find_file(source, name)) is None:
+            raise ValueError(f"it has no {short(name)}")
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                place = (file, key, opened.get_slice(key).get_shape())
+                places[f"transformer.{key.removeprefix('transformer.')}"] = place
+    return places
+
+
+def find_file(source: str, name: str) -> str | None:
+    """A file of a folder or hub name, fetched if need be; None where it has none of this name."""
+    from transformers.utils import cached_file
+
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+
+
+def check_vocabulary(source: str, tokens: Tokens) -> None:
+    """Refuses data whose token ids stand for other text than those of Hugging Face weights."""
+    try:
+        if file := find_file(source, "tokenizer.json"):
+            theirs = Tokenizer.from_file(file).get_vocab()
+        elif file := find_file(source, "vocab.json"):
+            theirs = json.loads(Path(file).read_bytes())
+        ours = tokens.tokenizer and Tokenizer.from_str(tokens.tokenizer.decode()).get_vocab()
+    except Exception as error:  # tokenizers raises no narrower one
+        raise _not_loaded(source, error) from None
+    if file is None or ours is None:
+        lacking = source if file is None else tokens.path.parent
+        print(
+            f"note: {lacking} has no tokenizer: make sure that both have the same", file=sys.stderr
+        )
+    elif ours != theirs:
+        raise UserError(
+            f"init_from: {source} has another tokenizer than {tokens.path.parent}; prepare the "
+            f"data with the tokenizer of these weights"
+        )
 
 
 def _model_of(theirs, config: Configuration) -> GPTConfig:
@@ -181,18 +302,34 @@ def encode(tokenizer, prompt: str) -> torch.Tensor:
     return ids
 
 
+def check_memory(checkpoint: Checkpoint) -> tuple[str, torch.dtype]:
+    """The device that a checkpoint's model is to be held on, a GPU if there is one, and its dtype.
+    Raises UserError where it does not fit."""
+    device, dtype, has = "cpu", torch.float32, host_memory()
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, dtype = "cuda", torch.bfloat16 if bf16 else torch.float32
+        has = torch.cuda.mem_get_info()[0]
+    sizes = [prod(e["shape"]) for n, e in checkpoint.tensors.items() if not n.startswith("exp_avg")]
+    needs = sum(sizes) * dtype.itemsize + 2 * 4 * max(sizes, default=0)  # one on its way, twice
+    if needs > has:
+        raise UserError(
+            f"{checkpoint.path} does not fit: its model takes {needs / 1e9:,.1f} GB of memory, and "
+            f"there are {has / 1e9:,.1f} GB; take a larger machine"
+        )
+    return device, dtype
+
+
 def load_model(checkpoint: Checkpoint):
     """The checkpoint as transformers' GPT2LMHeadModel, on a GPU if there is one."""
     from transformers import GPT2LMHeadModel
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    config = hugging_face_config(model_config(checkpoint))
-    weights = dict(hugging_face_tensors(checkpoint))
-    model = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=weights).eval()
-    if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        model = model.to("cuda", torch.bfloat16 if bf16 else torch.float32)
+    device, dtype = check_memory(checkpoint)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(hugging_face_config(model_config(checkpoint))).eval()
+    tensors = hugging_face_tensors(checkpoint)
+    assign(model, ((name, tensor.to(device, dtype)) for name, tensor in tensors))
+    model.lm_head.weight = model.transformer.wte.weight
     return model
 
 
@@ -200,39 +337,38 @@ def export(checkpoint_path: str, out: Path) -> None:
     """Write a checkpoint as Hugging Face GPT-2, holding one unit at a time.
 
     Args:
-        checkpoint_path: a checkpoint
+        checkpoint_path: a checkpoint, or the folder of a run: its newest
         out: the folder to write configuration, tokenizer and weights into; new or empty
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; take another --out")
-    checkpoint = Checkpoint(checkpoint_path)
+    checkpoint = open_newest(checkpoint_path)
     config = model_config(checkpoint)
+    try:
+        check_gpt2(checkpoint, config, config.max_position_embeddings)
+    except NotGPT2 as error:
+        raise UserError(
+            f"{error}: it can't be exported as that; sample.py and eval.py take it"
+        ) from None
     hugging_face_config(config).save_pretrained(out)
     if checkpoint.tokenizer is not None:
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(out)
-    units = groupby(hugging_face_tensors(checkpoint), key=lambda item: unit_of(item[0]))
     weight_map, total = {}, 0
-    for unit, members in tqdm(units, total=config.depth + 2, unit="unit", disable=None):
-        tensors = dict(members)
+    units = ["embedding", *(f"decoder.{i}" for i in range(config.depth)), "norm"]
+    for unit in tqdm(units, unit="unit", disable=None):
+        tensors, file = dict(hugging_face_tensors(checkpoint, f"{unit}.")), f"{unit}.safetensors"
         try:
-            save_file(tensors, out / f"{unit}.safetensors", metadata={"format": "pt"})
+            save_file(tensors, out / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise UserError(f"{out} could not be written ({error}); free some space") from None
-        weight_map |= dict.fromkeys(tensors, f"{unit}.safetensors")
+        follow_umask(out / file)
+        weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / INDEX).write_text(json.dumps(index, indent=1))
     print(f"wrote {out}")
-
-
-def unit_of(name: str) -> str:
-    """transformer.h.3.mlp.c_fc.weight -> transformer.h.3; wte and wpe belong together."""
-    parts = name.split(".")
-    if parts[1] == "h":
-        return ".".join(parts[:3])
-    return "transformer.norm" if parts[1] == "ln_f" else "transformer.embedding"
 
 
 def main() -> None:

@@ -13,6 +13,17 @@ END = ',\n "sha256": "%s"\n}\n'
 SIZE = len(END % ("0" * 64))
 
 
+class Changed(ValueError):
+    """A file does not hold what was written to it."""
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file the mode of a new one: safetensors makes its files for the owner alone."""
+    umask = os.umask(0o77)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of `path` at the end; after an error that one is as
@@ -35,11 +46,12 @@ def write_sealed(path: Path, content: dict) -> None:
 
 
 def read_sealed(path: Path) -> dict:
-    """What was written there, without the checksum; ValueError where anything was changed."""
+    """What was written there, without the checksum. Raises Changed where anything was changed, and
+    ValueError where it is not of this program."""
     raw = path.read_bytes()
     body, end = raw[:-SIZE], raw[-SIZE:]
     if end != (END % hashlib.sha256(body).hexdigest()).encode():
-        raise ValueError("it was changed (its checksum differs)")
+        raise Changed("it was changed (its checksum differs)")
     try:
         content = json.loads(raw)
         del content["sha256"]

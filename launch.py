@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing import (
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import plan
+from checkpoint import newest
 from configuration import Configuration
 from errors import UserError
 from resume import check_out_dir, find_checkpoint, lacks_evaluation
@@ -60,8 +61,11 @@ def run(config: Configuration, training: bool) -> int:
         if not failures:
             return 0
         failure = min(failures, key=_blame)
-        final = attempt == config.max_restarts or _kind(failure) == "UserError"
-        print(describe(failure), file=sys.stderr)
+        lost = _kind(failure) != "UserError"
+        final = attempt == config.max_restarts or not lost
+        saved = training and newest("latest", Path(config.out_dir)) is not None
+        cure = "; --checkpoint_path latest goes on from the newest checkpoint"
+        print(describe(failure) + (cure if lost and final and saved else ""), file=sys.stderr)
         if final:
             return 1
         print(f"restarting: {attempt + 1} of {config.max_restarts}", flush=True)

@@ -1,5 +1,6 @@
 """What a machine has and how fast it is: this one, measured in a second or two, or a named GPU."""
 
+import errno
 import json
 import mmap
 import os
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from math import inf
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from configuration import Configuration
 from errors import UserError, short
 from files import replacing
 
-RATES = ("products", "bandwidth", "link", "read", "write")  # what is measured
 MAX_AGE = 3600  # seconds that measured rates are taken for true
 SAMPLE = 128 * 2**20  # bytes that are copied, written and read to measure
 CUDA_BYTES = 3 * 2**30  # of host memory that a process with CUDA takes before it holds a model
@@ -97,11 +97,15 @@ def this_machine(config: Configuration, systems: int) -> Machine:
             host = device = device // systems
     folder = store_folder(config)
     disk = shutil.disk_usage(folder).free
-    rates = measured_rates(config.backend, config.precision, str(folder))
-    if rates["write"] == 0:
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(4096))
+    except OSError as error:
         if config.stream_dir is not None:
-            raise UserError(f"stream_dir: {folder} can't be written to; name another")
-        rates, disk = rates | {"read": DRIVE[0], "write": DRIVE[1]}, 0
+            reason = f"{folder} can't be written to ({error.strerror})"
+            raise UserError(f"stream_dir: {reason}; name another") from None
+        disk = 0
+    rates = measured_rates(config.backend, config.precision, folder)
     name = torch.cuda.get_device_name(0) if gpu else "this CPU"
     known = known_device(name)
     return Machine(
@@ -125,15 +129,17 @@ def known_device(name: str) -> Device | None:
 
 
 def named_machine(name: str, config: Configuration) -> Machine:
-    """A machine with a GPU of DEVICES and a drive like DRIVE; host memory and disk are ours."""
-    if name.lower() not in DEVICES:
+    """A machine with a GPU of DEVICES, by its name with spaces, dashes, underscores or nothing
+    between the words, and a drive like DRIVE; host memory and disk are this machine's."""
+    known = {key.replace(" ", ""): device for key, device in DEVICES.items()}
+    device = known.get(re.sub("[ _-]", "", name.lower()))
+    if device is None:
         raise UserError(f"device: {name} is not known; known are {', '.join(DEVICES)}")
-    device = DEVICES[name.lower()]
-    systems = min(config.num_systems, PER_MACHINE)
+    memory, systems = config.memory_limit, min(config.num_systems, PER_MACHINE)
     return Machine(
         name=name,
         backend="GPU",
-        device=int(0.95 * device.memory),
+        device=parse_bytes(memory, "memory_limit") if memory else int(0.95 * device.memory),
         host=host_memory() // systems,
         disk=shutil.disk_usage(store_folder(config)).free,
         program=CUDA_BYTES,
@@ -196,21 +202,37 @@ def store_folder(config: Configuration) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-@cache
-def measured_rates(backend: str, precision: str, folder: str) -> dict[str, float]:
-    """Rates of this machine, measured now or up to MAX_AGE ago by another process."""
-    path = rates_file()
-    key = f"{backend} {precision} {torch.get_num_threads()} {os.stat(folder).st_dev}"
-    known = {}
+def measured_rates(backend: str, precision: str, folder: Path) -> dict[str, float]:
+    """Rates of this machine, as `Machine` names them; for a disk on which none can be measured
+    those of DRIVE."""
+    key = f"{backend} {precision} {torch.get_num_threads()}"
+    rates = remembered(
+        key,
+        ("products", "bandwidth", "link"),
+        lambda: (peak_flops(backend, precision), *measure_copies(backend)),
+    )
+    key, disk = f"disk {os.stat(folder).st_dev}", dict(zip(("read", "write"), DRIVE, strict=True))
+    with suppress(OSError):
+        disk = remembered(key, tuple(disk), lambda: measure_disk(folder))
+    return rates | disk
+
+
+def remembered(
+    key: str, names: tuple[str, ...], measure: Callable[[], tuple[float, ...]]
+) -> dict[str, float]:
+    """What `measure` returns, by name, now or up to MAX_AGE ago in another process. An error that
+    it raises is not kept."""
+    path, known = rates_file(), {}
     with suppress(OSError, ValueError, TypeError, RecursionError):
         known = dict(json.loads(path.read_text()))
-    with suppress(LookupError, ValueError, TypeError):
-        if abs(time.time() - known[key]["time"]) < MAX_AGE:
-            return {name: float(known[key]["rates"][name]) for name in RATES}
-    products = peak_flops(backend, precision)
-    bandwidth, link = measure_copies(backend)
-    read, write = measure_disk(folder)
-    rates = dict(zip(RATES, (products, bandwidth, link, read, write), strict=True))
+    with suppress(LookupError, ValueError, TypeError, OverflowError):
+        rates = {name: float(known[key]["rates"][name]) for name in names}
+        if (
+            all(0 < r < inf for r in rates.values())
+            and abs(time.time() - known[key]["time"]) < MAX_AGE
+        ):
+            return rates
+    rates = dict(zip(names, measure(), strict=True))
     with suppress(OSError, UserError):  # it will be measured again
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as writing:
@@ -262,25 +284,28 @@ def measure_copies(backend: str) -> tuple[float, float]:
     return bandwidth, SAMPLE / best_of(lambda: copy(host), 0.1) if gpu else bandwidth
 
 
-def measure_disk(folder: str) -> tuple[float, float]:
-    """bytes/s read from and written to a file there, past the page cache where that can be; zeros
-    where none can be written."""
+def measure_disk(folder: Path) -> tuple[float, float]:
+    """bytes/s read from and written to a file there, past the page cache where that can be; OSError
+    where a file of SAMPLE bytes can't be written."""
     data = mmap.mmap(-1, SAMPLE)  # direct input and output takes whole pages
     data[:] = os.urandom(SAMPLE // 64) * 64
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            try:
-                descriptor = os.open(file.name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-            except OSError:
-                descriptor = os.open(file.name, os.O_RDWR)
-            try:
-                write = best_of(lambda: (os.pwrite(descriptor, data, 0), os.fsync(descriptor)), 0.2)
-                read = best_of(lambda: os.preadv(descriptor, [data], 0), 0.2)
-            finally:
-                os.close(descriptor)
-    except OSError:
-        return 0.0, 0.0
-    return SAMPLE / read, SAMPLE / write
+
+    def write() -> None:
+        if os.pwrite(descriptor, data, 0) < SAMPLE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        try:
+            descriptor = os.open(file.name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+        except OSError:
+            descriptor = os.open(file.name, os.O_RDWR)
+        try:
+            writing = best_of(write, 0.2)
+            reading = best_of(lambda: os.preadv(descriptor, [data], 0), 0.2)
+        finally:
+            os.close(descriptor)
+    return SAMPLE / reading, SAMPLE / writing
 
 
 def best_of(work: Callable[[], object], seconds: float) -> float:

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,16 +16,15 @@ from tqdm import tqdm
 
 from engines import StepStats
 from errors import explain
-from files import replacing
+from files import count_of, replacing
+
+OF_A_STEP = ("step", "loss", "learning_rate", "grad_norm", "seconds")  # what is kept of its stats
 
 
 def say(message: str) -> None:
     """One line on the console, above the progress bar if there is one."""
-    try:
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:  # Ctrl-C ends `| tee` too; that must not end this run before it saves
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def watch(
@@ -57,51 +56,67 @@ def perplexity(loss: float) -> float:
 class Silence:
     """The metrics of a system that leaves them to the first."""
 
-    def log(self, stats: StepStats, places: list[int]) -> None: ...
+    timed = nullcontext
+
+    def log(self, stats: StepStats, tokens: int, places: list[int]) -> None: ...
     def log_evaluation(self, step: int, val_loss: float) -> None: ...
     def progress(self, fraction: float) -> None: ...
     def draw(self) -> None: ...
     def close(self) -> None: ...
 
 
+@dataclass
 class Metrics:
     """Records the steps of one run after `start`; records beyond `start` in the folder are dropped.
 
-    flops_per_token and peak_flops (FLOP/s) give the model FLOPs utilisation, MFU.
+    eval_seconds and save_seconds are forecasts until one was `timed`; nan counts as nothing.
     """
 
-    def __init__(
-        self, out_dir: Path, start: int, stop: int, flops_per_token: int, peak_flops: float
-    ):
-        self.out_dir, self.start, self.stop = out_dir, start, stop
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.path = out_dir / "metrics.jsonl"
+    out_dir: Path
+    start: int
+    stop: int
+    flops_per_token: int
+    peak_flops: float  # FLOP/s; with flops_per_token the model FLOPs utilisation, MFU
+    eval_seconds: float
+    save_seconds: float
+    eval_steps: int
+    checkpoint_steps: int
+
+    def __post_init__(self):
+        self.done, start, stop = self.start, self.start, self.stop
+        self.path = self.out_dir / "metrics.jsonl"
+        found = list(_read_lines(self.path))
         with replacing(self.path) as kept, open(kept, "w") as file:
-            file.writelines(_line(r) for r in read_records(self.path) if r["step"] <= start)
+            file.writelines(_line(r) for r in found if r and r["step"] <= start)
+        if damaged := found.count(None):
+            say(f"note: {self.path}: {damaged} damaged lines were left out")
         self.file, self.unwritten = open(self.path, "ab", buffering=0), b""  # noqa: SIM115
         self.events = None
         with harmless("TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1)
+            self.events = SummaryWriter(f"{self.out_dir}/tensorboard", purge_step=start + 1)
         # None: a bar on a terminal alone; a log has its lines
         self.bar = tqdm(total=stop, initial=start, unit="step", disable=None, dynamic_ncols=True)
         self.began = self.told = time.monotonic()
-        self.done = start
 
-    def log(self, stats: StepStats, places: list[int]) -> None:
-        """A finished step; `places` is where the sequences of its batch begin in train.bin."""
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Around an evaluation or a save: what it takes is `name`, eval_seconds or save_seconds,
+        from then on, unless it fails."""
+        began = time.monotonic()
+        yield
+        setattr(self, name, time.monotonic() - began)
+        self.began += time.monotonic() - began  # the pace is that of the steps alone
+
+    def log(self, stats: StepStats, tokens: int, places: list[int]) -> None:
+        """A finished step, with which the run has seen `tokens`; `places` is where the sequences of
+        its batch begin in train.bin."""
         rate = stats.tokens / stats.seconds
         mfu = rate * self.flops_per_token / self.peak_flops
-        self._record(
-            step=stats.step,
-            loss=stats.loss,
-            learning_rate=stats.learning_rate,
-            grad_norm=stats.grad_norm,
-            tokens_per_second=rate,
-            mfu=mfu,
-            **({} if stats.counted else {"sequences": places}),
-        )
+        values = {name: getattr(stats, name) for name in OF_A_STEP}
+        values |= {"tokens": tokens, "tokens_per_second": rate, "mfu": mfu, "memory": memory_used()}
+        self._record(**values, **({} if stats.counted else {"sequences": places}))
         self.done = stats.step
         say(
             f"step {stats.step}/{self.stop} | loss {stats.loss:.4f} | lr {stats.learning_rate:.3e} "
@@ -132,10 +147,15 @@ class Metrics:
             say(f"step {self.done + 1}/{self.stop} | {fraction:.0%} | {self._left(fraction)} left")
 
     def _left(self, fraction: float) -> str:
-        """The time to the end at the pace so far; `fraction` of the current step is done."""
+        """The time to the end at the pace so far; `fraction` of the current step is done. With 0 a
+        step has just ended, so that its evaluation and its save are still to come."""
         done = self.done - self.start + fraction
-        spent = time.monotonic() - self.began
-        return format_time(spent / done * (self.stop - self.start - done))
+        left = (time.monotonic() - self.began) / done * (self.stop - self.start - done)
+        before = self.done if fraction else self.done - 1
+        evaluations = math.ceil(self.stop / self.eval_steps) - before // self.eval_steps
+        saves = math.ceil(self.stop / self.checkpoint_steps) - before // self.checkpoint_steps
+        left += evaluations * max(0, self.eval_seconds) + saves * max(0, self.save_seconds)
+        return format_time(left)
 
     def log_evaluation(self, step: int, val_loss: float) -> None:
         """An evaluation after `step`, and the picture up to here."""
@@ -183,7 +203,8 @@ class Metrics:
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=key, **style)
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.out_dir))
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.set_title(str(self.out_dir), parse_math=False)  # $ is an ordinary character there
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
@@ -203,14 +224,22 @@ def _line(record: dict) -> str:
     return json.dumps(record) + "\n"
 
 
-def read_records(path: Path) -> Iterable[dict]:
-    """The records of a metrics.jsonl; a last line that was cut off is left out."""
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                break
+def read_records(path: Path) -> Iterator[dict]:
+    """The records of a metrics.jsonl; lines that are damaged or cut off are left out."""
+    return filter(None, _read_lines(path))
+
+
+def _read_lines(path: Path) -> Iterator[dict | None]:
+    """The record of each line, None for a damaged one; a last line that was cut off is left out."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        record = None
+        with suppress(ValueError, TypeError, LookupError, OverflowError, RecursionError):
+            values = json.loads(line)
+            count_of(values["step"])
+            losses = [values[key] for key in ("loss", "val_loss") if values.get(key) is not None]
+            record = values if all(map(math.isfinite, losses)) else None
+        if record or line.endswith(b"\n"):
+            yield record
 
 
 def memory_used() -> int:

@@ -1,15 +1,15 @@
 """Where a run starts: from nothing, from a checkpoint, or from Hugging Face weights."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from checkpoint import TOKENIZER, Checkpoint, find_checkpoints
+from checkpoint import MODEL_CODE, TOKENIZER, Checkpoint, find_checkpoints, newest
 from configuration import MODEL_KEYS, Configuration
-from dataset import EvalBatches, Tokens, TrainBatches
+from dataset import EvalBatches, Tokens, TrainBatches, find_folder
 from errors import UserError, short
 from metrics import read_records, say
 from model import GPT, GPTConfig
@@ -41,28 +41,36 @@ class Start:
         return self.checkpoint.recent if self.checkpoint else []
 
     @property
+    def tokens(self) -> int:
+        """Seen in the steps before it."""
+        return self.checkpoint.tokens if self.checkpoint else 0
+
+    @property
     def chosen(self) -> dict:
         """The configuration in which an earlier part of the run replaced every `auto`."""
         return self.checkpoint.config if self.checkpoint else {}
 
-    def open_data(
-        self, config: Configuration, world: World
-    ) -> tuple[Callable, Callable, TrainBatches]:
-        """The batches to train on and those to evaluate on, as functions of (rank, world), and the
-        former as they are for all. They must be the same on every system, and if they are not those
-        that the checkpoint was trained on, it is said."""
+    def open_data(self, config: Configuration, world: World) -> tuple[TrainBatches, EvalBatches]:
+        """The batches to train on and those to evaluate on, opened once for the whole run. They
+        must be the same on every system, in the vocabulary of what the run starts from; if they are
+        not those that the checkpoint was trained on, it is said."""
         data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
-        train_batches = partial(TrainBatches, *data, config.seed)
-        val_batches = partial(EvalBatches, *data, config.eval_batches)
-        with world.together():  # both are opened here, for their errors
-            whole, val_tokens = train_batches(0, 1), val_batches(0, 1).tokens
-            tokens = whole.tokens
+        with world.together():
+            train = TrainBatches(*data, config.seed)
+            val = EvalBatches(*data, config.eval_batches)
             if self.checkpoint is not None:
-                check_tokenizer(self.checkpoint, tokens)
-        check_same_data(world, tokens, val_tokens)
-        if self.checkpoint is not None and self.checkpoint.train_tokens != tokens.count:
-            say(f"note: {tokens.path} is not what it was; its order is another from here on")
-        return train_batches, val_batches, whole
+                check_tokenizer(self.checkpoint, train.tokens)
+            elif config.init_from is not None:
+                from export import check_vocabulary  # transformers takes seconds to import
+
+                check_vocabulary(config.init_from, train.tokens)
+        check_same_data(world, train.tokens, val.tokens)
+        if self.checkpoint is not None and self.checkpoint.train_digest != train.tokens.digest:
+            say(
+                f"note: {train.tokens.path} is not what {self.checkpoint.path} was trained on: "
+                f"from here on the data are others"
+            )
+        return train, val
 
 
 def find_start(config: Configuration, world: World) -> Start:
@@ -70,8 +78,9 @@ def find_start(config: Configuration, world: World) -> Start:
     checkpoint = find_checkpoint(config, world)
     check_out_dir(Path(config.out_dir), checkpoint)
     if checkpoint is not None:
+        model = model_config(checkpoint)
         if config.init_from is not None:  # then the model is that one, not the configuration's
-            config = with_model(config, model_config(checkpoint))
+            config = with_model(config, model)
         check_configuration(config, checkpoint)
         origin = f"resumed from {checkpoint.path} at step {checkpoint.step}"
         done = (checkpoint.updates, checkpoint.step)
@@ -87,10 +96,9 @@ def find_start(config: Configuration, world: World) -> Start:
 def find_checkpoint(config: Configuration, world: World) -> Checkpoint | None:
     """The checkpoint that `checkpoint_path` names, or None where there is none to start from. Of
     several systems the first says which is the latest, and each verifies its share of the files."""
-    path = config.checkpoint_path
-    if path == "latest":
-        found = find_checkpoints(Path(config.out_dir))
-        path = world.gather(found[max(found)] if found else None)[0]
+    if config.checkpoint_path is None:
+        return None
+    path = world.gather(newest(config.checkpoint_path, Path(config.out_dir)))[0]
     if path is None:
         return None
     checkpoint = Checkpoint(path)
@@ -102,13 +110,18 @@ def find_checkpoint(config: Configuration, world: World) -> Checkpoint | None:
 def check_out_dir(out_dir: Path, checkpoint: Checkpoint | None) -> None:
     """A run that starts from `checkpoint` never mixes its checkpoints with those of another."""
     others = find_checkpoints(out_dir)
-    if checkpoint is not None and checkpoint.path.resolve().parent == out_dir.resolve():
+    if checkpoint is not None and stands_in(checkpoint, out_dir):
         others = {step: path for step, path in others.items() if step > checkpoint.step}
     if others:
         raise UserError(
             f"{out_dir} already holds {others[max(others)].name}; add --checkpoint_path latest to "
             f"go on from it, take another --out_dir, or delete it"
         )
+
+
+def stands_in(checkpoint: Checkpoint, out_dir: Path) -> bool:
+    """Whether it is one of a run's own, itself or as a link to where it was moved."""
+    return checkpoint.path.absolute().parent.resolve() == out_dir.resolve()
 
 
 def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
@@ -123,7 +136,7 @@ def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
         then = before[key]
         if now in (then, "auto") or key in FREE or (key, now) == ("micro_batch_size", None):
             continue
-        if key == "dataset" and Path(now).absolute() == Path(then).absolute():
+        if key == "dataset" and find_folder(now).absolute() == find_folder(then).absolute():
             continue
         if key in MODEL_KEYS and key not in ("dropout", "init_std"):
             raise UserError(
@@ -138,18 +151,21 @@ def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
 
 def check_same_data(world: World, *tokens: Tokens) -> None:
     """Every system must have the same data."""
-    counts = [each.count for each in tokens]
-    first = world.gather(counts)[0]
+    first = world.gather([each.digest for each in tokens])[0]
     with world.together():
-        for each, count in zip(tokens, first, strict=True):
-            if each.count != count:
-                raise UserError(
-                    f"{each.path} has {each.count:,} tokens, on system 0 {count:,}; copy it"
-                )
+        for each, digest in zip(tokens, first, strict=True):
+            if each.digest != digest:
+                raise UserError(f"{each.path} is not the one that system 0 has; copy it")
 
 
 def model_config(checkpoint: Checkpoint) -> GPTConfig:
-    """The shape of the model in a checkpoint, whose tensors have that shape."""
+    """The shape of the model in a checkpoint, whose tensors have that shape; if the code of the
+    model has changed since it was saved, it is said."""
+    if checkpoint.model_code != MODEL_CODE:
+        print(
+            f"note: model.py or loss.py has changed since {checkpoint.path} was saved",
+            file=sys.stderr,
+        )
     keys, tensors = checkpoint.config, checkpoint.tensors
     try:
         config = GPTConfig(**{key: keys[key] for key in MODEL_KEYS if key in keys})
@@ -164,12 +180,13 @@ def model_config(checkpoint: Checkpoint) -> GPTConfig:
     with torch.device("meta"):
         model = GPT(config)
     for name, parameter in model.named_parameters():
-        found = tensors.get(name, {}).get("shape")
-        if found != list(parameter.shape):
-            raise UserError(
-                f"{checkpoint.path}: {name} has shape {found}, its configuration's is "
-                f"{list(parameter.shape)}: it is of another model"
-            )
+        for kind in ("", "exp_avg.", "exp_avg_sq."):
+            found = tensors.get(kind + name, {}).get("shape")
+            if found != list(parameter.shape):
+                raise UserError(
+                    f"{checkpoint.path}: {kind}{name} has shape {found}, its configuration's is "
+                    f"{list(parameter.shape)}: it is of another model"
+                )
     return config
 
 
@@ -184,7 +201,7 @@ def with_model(config: Configuration, model: GPTConfig) -> Configuration:
 def lacks_evaluation(config: Configuration, checkpoint: Checkpoint | None) -> bool:
     """Whether the run that saved it ended before an evaluation that was due at this step."""
     out_dir = Path(config.out_dir)
-    if checkpoint is None or checkpoint.path.resolve().parent != out_dir.resolve():
+    if checkpoint is None or not stands_in(checkpoint, out_dir):
         return False
     step, records = checkpoint.step, read_records(out_dir / "metrics.jsonl")
     due = step % config.eval_steps == 0 or step == config.num_steps

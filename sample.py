@@ -1,14 +1,23 @@
 """Writes text with a checkpoint: python sample.py --checkpoint_path P [--prompt TEXT]
 
-Without a prompt it asks for one after the other. Generation is transformers' own.
+Without a prompt it asks for one after the other. Generation is transformers' own where its GPT-2
+computes what model.py does, else a plain loop over model.py.
 """
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
+from torch import Tensor
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, open_newest
 from errors import UserError, command
-from export import encode, load_model, load_tokenizer
+from export import NotGPT2, assign, check_gpt2, check_memory, encode, load_model, load_tokenizer
+from model import GPT
+from resume import model_config
 
 
 def sample(
@@ -19,31 +28,37 @@ def sample(
     top_k: int = 200,
     seed: int = 0,
     num_samples: int = 1,
+    out_dir: Path = Path("model_dir"),
 ) -> None:
     """Write text with a checkpoint.
 
     Args:
-        checkpoint_path: a checkpoint
+        checkpoint_path: a checkpoint, the folder of a run (its newest), or latest (in out_dir)
         prompt: the text to go on from; without it, asks for one after the other
         max_new_tokens: tokens to write
         temperature: below 1 likelier tokens, above 1 more surprising ones; 0: the likeliest
         top_k: draw from this many likeliest tokens
         seed: of the draws
         num_samples: texts for each prompt
+        out_dir: the folder of the run, for latest
     """
-    if min(max_new_tokens, top_k, num_samples) < 1 or temperature < 0:
-        raise UserError("max_new_tokens, top_k and num_samples start at 1, temperature at 0")
-    checkpoint = Checkpoint(checkpoint_path)
+    if min(max_new_tokens, top_k, num_samples) < 1:
+        raise UserError("max_new_tokens, top_k and num_samples start at 1")
+    if temperature != 0 and not 0.01 <= temperature <= 100:
+        raise UserError(f"temperature: {temperature} is neither 0 nor from 0.01 to 100")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed: {seed} is not from 0 to 2**63 - 1")
+    checkpoint = open_newest(checkpoint_path, out_dir)
     tokenizer = load_tokenizer(checkpoint)
     ids = None if prompt is None else encode(tokenizer, prompt)
-    model = load_model(checkpoint)
-    draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    draw = draw if temperature > 0 else {"do_sample": False}
+    length = sys.maxsize if ids is None else ids.shape[1] + max_new_tokens
+    generate = open_model(checkpoint, length)
     torch.manual_seed(seed)
 
     def respond(ids: torch.Tensor) -> None:
         for _ in range(num_samples):
-            print(tokenizer.decode(generate(model, ids, max_new_tokens, **draw)[0]), flush=True)
+            written = generate(ids, max_new_tokens, temperature, top_k, tokenizer.eos_token_id)
+            print(tokenizer.decode(written[0]), flush=True)
             if num_samples > 1:
                 print("-" * 16)
 
@@ -63,20 +78,59 @@ def ask() -> str:
         return ""
 
 
-def generate(model, ids: torch.Tensor, max_new_tokens: int, **draw: object) -> torch.Tensor:
-    """ids (1, n) -> (1, n + max_new_tokens), or fewer where the text ends.
+def open_model(checkpoint: Checkpoint, length: int) -> Callable[..., Tensor]:
+    """generate(ids, max_new_tokens, temperature, top_k, end) for texts of `length` tokens: ids
+    (1, n) -> (1, n + max_new_tokens), or fewer where the text ends."""
+    config = model_config(checkpoint)
+    try:
+        check_gpt2(checkpoint, config, min(length, config.max_position_embeddings))
+    except NotGPT2 as error:
+        print(f"note: {error}; generating with model.py, which is slower", file=sys.stderr)
+    else:
+        return partial(generate, load_model(checkpoint))
+    device, dtype = check_memory(checkpoint)
+    with torch.device("meta"):
+        model = GPT(config).eval()
+    names = [name for name, _ in model.named_parameters()]
+    assign(model, ((name, checkpoint.read(name).to(device, dtype)) for name in names))
+    return partial(generate_plain, model)
 
-    The model's positions end somewhere: from there on it sees the second half of what it wrote.
-    """
-    limit, ids = model.config.n_positions, ids.to(model.device)
-    end = ids.shape[1] + max_new_tokens
-    while ids.shape[1] < end:
-        seen = ids if ids.shape[1] < limit else ids[:, -(limit // 2) :]
-        new = min(end - ids.shape[1], limit - seen.shape[1])
+
+def generate(
+    model, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int, end: int | None
+) -> Tensor:
+    """With transformers' model. Its positions end somewhere: from there on it sees the second half
+    of what it wrote."""
+    limit, ids, length = (
+        model.config.n_positions,
+        ids.to(model.device),
+        ids.shape[1] + max_new_tokens,
+    )
+    draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    draw = draw if temperature > 0 else {"do_sample": False}
+    while ids.shape[1] < length:
+        seen = ids if ids.shape[1] < limit else ids[:, -max(1, limit // 2) :]
+        new = min(length - ids.shape[1], max(1, limit - seen.shape[1]))
         mask = torch.ones_like(seen)
         out = model.generate(seen, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **draw)
         ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
-        if ids[0, -1] == model.config.eos_token_id:
+        if ids[0, -1] == end:
+            break
+    return ids
+
+
+@torch.no_grad()
+def generate_plain(
+    model: GPT, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int, end: int | None
+) -> Tensor:
+    """With model.py, which sees as many of the last tokens as it has positions."""
+    ids = ids.to(model.norm.weight.device)
+    for _ in range(max_new_tokens):
+        logits = model(ids[:, -model.config.max_position_embeddings :])[0, -1].float()
+        top, tokens = logits.topk(min(top_k, len(logits)) if temperature > 0 else 1)
+        drawn = (top / (temperature or 1)).softmax(0).multinomial(1)
+        ids = torch.cat([ids, tokens[drawn][None]], dim=1)
+        if ids[0, -1] == end:
             break
     return ids
 

@@ -29,13 +29,20 @@ def train(config: Configuration, world: World) -> None:
         start = find_start(config, world)
         planned = None if world.rank else plan.resolve(start.config, start.chosen, here=world.here)
     planned = world.gather(planned)[0]
-    config = planned.config
+    asked, config = start.config, planned.config
     out_dir = Path(config.out_dir)
 
-    train_batches, val_batches, whole = start.open_data(config, world)
+    train_batches, val_batches = start.open_data(config, world)
 
     with claim(out_dir, world), StopSignals(world.size) as signals, ExitStack() as stack:
-        say(plan.describe(planned))
+        say(
+            "\n".join(
+                [
+                    plan.describe(planned),
+                    *(plan.warnings(planned) if hasattr(plan, "warnings") else []),
+                ]
+            )
+        )
         engine = stack.enter_context(closing(open_engine(config)))
         if start.read is None:
             engine.initialize(partial(watch, what="starting", unit="unit"))
@@ -45,9 +52,28 @@ def train(config: Configuration, world: World) -> None:
         say(start.origin)
         metrics = Silence()
         if world.rank == 0:
-            write_configuration(config, out_dir / "config.yaml")
+            write_configuration(asked, config, out_dir / "config.yaml")
             flops, peak = plan.flops_per_token(config), planned.machine.products * world.size
-            metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak)
+            try:  # TEMPORARY until the planner and the metrics are both there
+                others = {
+                    "eval_seconds": planned.eval_seconds,
+                    "save_seconds": planned.save_seconds,
+                }
+                others |= {
+                    "eval_steps": config.eval_steps,
+                    "checkpoint_steps": config.checkpoint_steps,
+                }
+            except AttributeError:
+                others = {
+                    "eval_seconds": 1.0,
+                    "save_seconds": 1.0,
+                    "eval_steps": config.eval_steps,
+                    "checkpoint_steps": config.checkpoint_steps,
+                }
+            try:
+                metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak, **others)
+            except TypeError:
+                metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak)
         stack.callback(metrics.close)
         world.gather(None)  # the slowest may take long
 
@@ -59,10 +85,12 @@ def train(config: Configuration, world: World) -> None:
         def save_checkpoint(stats: StepStats) -> None:
             nonlocal good
             done = {"step": stats.step, "updates": engine.updates, "recent": list(engine.recent)}
-            done["train_tokens"] = whole.tokens.count
+            done |= {"tokens": tokens, "train_digest": train_batches.tokens.digest}
             state = watch(engine.state(), "saving", "file", 3 * (config.depth + 2))
             keep = config.keep if stats.finite else None
-            path = save(out_dir, state, done, asdict(config), keep, world)
+            tokenizer = train_batches.tokens.tokenizer
+            with metrics.timed("save_seconds") if hasattr(metrics, "timed") else ExitStack():
+                path = save(out_dir, state, done, asdict(config), keep, world, tokenizer)
             good = path if stats.finite else good
             say(f"saved {path}")
 
@@ -80,7 +108,8 @@ def train(config: Configuration, world: World) -> None:
                         return
                     yield batch
 
-            loss, count = engine.evaluate(val_batches, until_stopped)
+            with metrics.timed("eval_seconds") if hasattr(metrics, "timed") else ExitStack():
+                loss, count = engine.evaluate(val_batches.share, until_stopped)
             if not world.agree(signals.stop or failed):  # else it was cut short
                 metrics.log_evaluation(step, loss / count)
 
@@ -93,9 +122,16 @@ def train(config: Configuration, world: World) -> None:
 
         if world.gather(lacks_evaluation(config, start.checkpoint))[0]:
             may_evaluate(start.step)
-        skipped, due = 0, False
-        for stats in engine.run(train_batches, start.step, config.num_steps, metrics.progress):
-            metrics.log(stats, [] if stats.counted else whole.places(stats.step - 1))
+        skipped, due, tokens = 0, False, start.tokens
+        for stats in engine.run(
+            train_batches.share, start.step, config.num_steps, metrics.progress
+        ):
+            tokens += stats.tokens
+            places = [] if stats.counted else train_batches.places(stats.step - 1)
+            try:
+                metrics.log(stats, tokens, places)
+            except TypeError:
+                metrics.log(stats, places)
             skipped = 0 if stats.finite else skipped + 1
             if skipped == MOST_SKIPPED:
                 with world.together():

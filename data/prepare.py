@@ -1,8 +1,10 @@
 """Prepare your own text as a dataset, in the folder data/NAME.
 
     python data/prepare.py --name NAME FILES... [--tokenizer gpt2|char]
+    python data/prepare.py --adopt FOLDER
 
-The prepare.py scripts of the named datasets share the functions of this file. A dataset holds
+The second adds what is missing to a dataset of nanoGPT. The prepare.py scripts of the named
+datasets share the functions of this file. A dataset holds
     train.bin, val.bin  token ids, document after document: uint16, or uint32 for ids above 65,535
     tokenizer.json      a file of Hugging Face `tokenizers`, whichever kind the tokenizer is
     meta.json           what the other files are; written last, so it never describes other files
@@ -59,17 +61,23 @@ HALF_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 cann
 
 
 def main() -> None:
-    parser = ArgumentParser(
-        description="Prepare your own text as a dataset.", allow_abbrev=False, exit_on_error=False
-    )
-    parser.add_argument("--name", type=str, required=True, help="makes the folder data/NAME")
+    parser = ArgumentParser(description="Prepare texts.", allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--name", type=str, help="makes the folder data/NAME")
+    parser.add_argument("--adopt", metavar="FOLDER", help="completes nanoGPT's GPT-2 token files")
     parser.add_argument("--tokenizer", type=Kind, default="gpt2", help="words or characters")
     kinds = ".txt (one document), .jsonl (key text) or .parquet (column text)"
-    parser.add_argument("files", type=str, nargs="+", help=kinds)
+    parser.add_argument("files", type=str, nargs="*", help=kinds)
     args = parser.parse_args()
+    if args.adopt is not None and (args.name, args.files, args.tokenizer) == (None, [], "gpt2"):
+        return adopt(Path(args.adopt))
+    if args.adopt is not None or args.name is None or not args.files:
+        raise UserError("give --name NAME and FILES, or --adopt FOLDER and nothing else")
     if not re.fullmatch(r"\w[\w.-]*", args.name):
         raise UserError(f"--name {args.name!r}: use letters, digits, '_', '-' and '.' only")
     folder = ROOT / "data" / args.name
+    if (script := folder / "prepare.py").exists():
+        raise UserError(f"{script} makes data/{args.name}: run it, or give another --name")
+    folder.mkdir(exist_ok=True)
     with scratch(folder) as temporary:
         splits = split(read(args.files, temporary))
         tokenizer = gpt2_tokenizer() if args.tokenizer == "gpt2" else char_tokenizer(splits)
@@ -80,7 +88,6 @@ def main() -> None:
 @contextmanager
 def scratch(folder: Path) -> Iterator[str]:
     """A folder inside `folder` for what is not whole yet, so that a rename can publish it."""
-    folder.mkdir(exist_ok=True)
     try:
         with TemporaryDirectory(prefix="unfinished-", dir=folder) as temporary:
             yield temporary
@@ -91,9 +98,31 @@ def scratch(folder: Path) -> Iterator[str]:
         if cause is None:
             raise
         raise UserError(
-            f"{folder.relative_to(ROOT)} could not be written ({os.strerror(cause.errno)}); free "
+            f"{os.path.relpath(folder)} could not be written ({os.strerror(cause.errno)}); free "
             f"some space, or make the folder a link to another disk; a dataset in it is as it was"
         ) from None
+
+
+def adopt(folder: Path) -> None:
+    """Add tokenizer.json and meta.json to the train.bin and val.bin of nanoGPT in `folder`.
+
+    Raises UserError or OSError, and leaves it as it is, if they do not hold GPT-2 tokens.
+    """
+    there = os.listdir(folder)
+    if "meta.pkl" in there:  # a pickle can run code, so it is not read
+        raise UserError(f"{folder}/meta.pkl: not GPT-2; prepare the text with --tokenizer char")
+    if "meta.json" in there or "tokenizer.json" in there:  # a dataset, perhaps replaced in part
+        raise UserError(f"{folder} has a meta.json or tokenizer.json already; move it away first")
+    with scratch(folder) as temporary:
+        # GPT-2 has 50,257 tokens; a file may be larger than the memory
+        for path in (folder / "train.bin", folder / "val.bin"):
+            with open(path, "rb") as file:
+                while ids := file.read(2**20):
+                    if len(ids) % 2 or np.frombuffer(ids, "<u2").max() >= 50257:
+                        raise UserError(f"{path}: not uint16 ids of GPT-2; prepare the text again")
+            os.symlink(path.absolute(), f"{temporary}/{path.name}")
+        write(folder, temporary, {}, gpt2_tokenizer(), "gpt2", "nanoGPT")
+    print(f"{folder} is complete: train with --dataset {folder}")
 
 
 def read(files: list[str], temporary: str) -> Dataset:
@@ -194,7 +223,8 @@ def write(
     """Encode the splits and put the dataset into `folder`, in the place of one that is there.
 
     `num_proc` processes encode; None is this one, where `tokenizers` uses the cores by threads.
-    All files are made in `temporary`, so that a dataset in `folder` stays until they are whole.
+    All files are made in `temporary`, so that a dataset in `folder` stays until they are whole. A
+    split that is not among `splits` has its tokens there already, as a link to where they stay.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -232,10 +262,13 @@ def write(
         meta["bytes"][name] = sum(encoded["bytes"])
     Path(temporary, "tokenizer.json").write_bytes(tokenizer.to_str().encode())
     meta = write_meta(Path(temporary), meta)
+    if min(meta["tokens"].values()) < 2:
+        raise UserError("train.bin or val.bin has under 2 tokens: add text, drop empty documents")
 
     (folder / "meta.json").unlink(missing_ok=True)
     for file in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
-        os.replace(f"{temporary}/{file}", folder / file)
+        if not os.path.islink(f"{temporary}/{file}"):
+            os.replace(f"{temporary}/{file}", folder / file)
     for name in splits:
         path = (folder / f"{name}.bin").relative_to(ROOT)
         print(f"{path}: {meta['tokens'][name]:,} tokens, {meta['bytes'][name]:,} bytes of text")
@@ -281,22 +314,25 @@ def _read_jsonl(file: str) -> Iterator[tuple[str, object]]:
             place = f"{file}, line {number}"
             try:
                 record = json.loads(line.decode())
-            except ValueError:
-                raise UserError(f"{place}: not JSON in UTF-8") from None
+            except (ValueError, RecursionError):
+                raise UserError(f"{place}: not JSON in UTF-8, or nested too deep") from None
             yield place, record.get("text") if isinstance(record, dict) else None
 
 
 def _read_parquet(file: str) -> Iterator[tuple[str, object]]:
+    row = 0
     try:
         table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid:
-        raise UserError(f"{file}: not a parquet file") from None
-    if "text" not in table.schema_arrow.names:
-        raise UserError(f"{file}: no column named 'text'")
-    batches = table.iter_batches(DOCUMENTS_AT_ONCE, columns=["text"])
-    texts = (text for batch in batches for text in batch["text"].to_pylist())
-    for row, text in enumerate(texts, start=1):
-        yield f"{file}, row {row}", text
+        if "text" not in table.schema_arrow.names:
+            raise UserError(f"{file}: no column named 'text'")
+        batches = table.iter_batches(DOCUMENTS_AT_ONCE, columns=["text"])
+        texts = (text.as_py() for batch in batches for text in batch["text"])
+        for row, text in enumerate(texts, start=1):
+            yield f"{file}, row {row}", text
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        raise UserError(f"{file}: not a parquet file or damaged, row {row + 1}: {error}") from None
 
 
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -304,7 +340,7 @@ READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 def _check_space(folder: Path, splits: dict[str, Dataset], itemsize: int, kind: Kind) -> None:
     """Ids are on disk twice for a while; GPT-2 has about one for four bytes of English."""
-    text = max(documents.data.nbytes for documents in splits.values())
+    text = max((documents.data.nbytes for documents in splits.values()), default=0)
     needed = 2 * itemsize * text // (4 if kind == "gpt2" else 1)
     free = shutil.disk_usage(folder).free
     if needed > free:

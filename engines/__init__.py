@@ -15,7 +15,6 @@ from torch import Tensor
 
 from configuration import Configuration
 from engines.optimizer import counts, learning_rate, spike_limits
-from errors import UserError
 from model import GPT, IGNORE
 
 INIT_BYTES = 4e9  # of units that are drawn at a time
@@ -137,16 +136,6 @@ def draw_units(model: GPT, draw: Callable[[str], None], progress: Callable) -> N
     at_a_time = max(1, min(os.cpu_count(), int(INIT_BYTES / max(sizes))))
     with ThreadPoolExecutor(at_a_time) as pool:
         finish([pool.submit(draw, unit) for unit in model.units()], progress)
-
-
-def read_tensor(read: Callable, name: str, shape: torch.Size, rows: slice | None = None) -> Tensor:
-    """read(name, rows), of which the model's tensor has this shape; by default all of its rows."""
-    tensor = read(name, rows)
-    count = shape[0] if rows is None else rows.stop - rows.start
-    if tensor.shape != (expected := (count, *shape[1:])):
-        shapes = f"{list(tensor.shape)}, the model's is {list(expected)}"
-        raise UserError(f"{name} has shape {shapes}: it is of another model")
-    return tensor
 
 
 def finish(futures: list[Future], progress: Callable) -> None:

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configuration import Configuration
-from engines import Batches, Read, StepStats, read_tensor
+from engines import Batches, Read, StepStats
 from engines.optimizer import (
     BETAS,
     FINAL_FRACTION,
@@ -122,7 +122,7 @@ class CerebrasEngine:
         for name, unit in progress(list(self.model.units().items())):
             for kind in kinds if with_moments else kinds[:1]:
                 tensors = {
-                    kind + key: read_tensor(read, kind + key, parameter.shape)
+                    kind + key: read(kind + key, None)
                     for key, parameter in unit.named_parameters(name)
                 }
                 self._put(kind + name, tensors)

@@ -17,7 +17,6 @@ from engines import (
     draw_units,
     micro_batches,
     prepare_compute,
-    read_tensor,
     run_steps,
     sum_losses,
 )
@@ -52,13 +51,13 @@ class ResidentEngine:
     def load(self, read: Read, updates: int | None, progress: Callable = iter) -> None:
         with torch.no_grad():
             for name, parameter in progress(list(self.master.named_parameters())):
-                parameter.copy_(read_tensor(read, name, parameter.shape))
+                parameter.copy_(read(name, None))
         self._place()
         if updates is not None and self.training:
             self.updates = updates
             for moment in MOMENTS:
                 for name, tensor in self.moments[moment].items():
-                    tensor.copy_(read_tensor(read, f"{moment}.{name}", tensor.shape))
+                    tensor.copy_(read(f"{moment}.{name}", None))
 
     def _place(self) -> None:
         """Moves the weights to the device and makes what computes with them."""

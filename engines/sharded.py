@@ -27,7 +27,6 @@ from engines import (
     draw_units,
     micro_batches,
     prepare_compute,
-    read_tensor,
     run_steps,
     sum_losses,
 )
@@ -138,13 +137,13 @@ class ShardedEngine:
         self.updates = updates if with_moments else 0
         for name, parameter in progress(list(self.parameters.items())):
             rows = self._mine(parameter)
-            _local(parameter).copy_(read_tensor(read, name, parameter.shape, rows))
+            _local(parameter).copy_(read(name, rows))
             if with_moments:
                 state = self.optimizer.state[parameter]
                 state["step"] = torch.tensor(float(updates), device=parameter.device)
                 for moment in MOMENTS:
                     state[moment] = torch.zeros_like(parameter)
-                    part = read_tensor(read, f"{moment}.{name}", parameter.shape, rows)
+                    part = read(f"{moment}.{name}", rows)
                     _local(state[moment]).copy_(part)
 
     def run(

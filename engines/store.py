@@ -109,9 +109,12 @@ class Store:
     def settle(self, unit: str) -> None:
         """Waits until all that was given back of a unit is written; raises what went wrong."""
         with self.lock:
-            futures = self.written.pop(unit, ())
+            futures = list(self.written[unit])
         for future in futures:
             future.result()
+        with self.lock:  # only now: another thread that settles must wait for them too
+            pending = self.written[unit]
+            self.written[unit] = [future for future in pending if future not in futures]
 
     def close(self) -> None:
         self.threads.shutdown(cancel_futures=True)

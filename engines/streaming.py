@@ -31,7 +31,6 @@ from engines import (
     draw_units,
     micro_batches,
     prepare_compute,
-    read_tensor,
     run_steps,
     sum_losses,
 )
@@ -141,7 +140,7 @@ class StreamingEngine:
             for row, prefix in enumerate(PREFIXES if with_moments else PREFIXES[:1]):
                 flat = Array(layout.size).tensor
                 for name, view in layout.views(flat).items():
-                    view.copy_(read_tensor(read, f"{prefix}{unit}.{name}", view.shape))
+                    view.copy_(read(f"{prefix}{unit}.{name}", None))
                 self._put(unit, slice(row, row + 1), flat)
         self.updates = updates if with_moments else 0
         self._place()

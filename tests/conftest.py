@@ -153,7 +153,7 @@ def run(monkeypatch, capfd):
 
 def figures(out: Path) -> list[dict]:
     """What the steps and evaluations gave, without what depends on the clock."""
-    timed = {"tokens_per_second", "mfu"}
+    timed = {"tokens_per_second", "mfu", "seconds", "memory"}
     return [{k: v for k, v in line.items() if k not in timed} for line in records(out, "step")]
 
 

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ def state():
     yield "norm", {"norm.weight": torch.ones(3), "norm.bias": torch.zeros(3)}
 
 
-PROGRESS = {"step": 5, "updates": 4, "train_tokens": 9, "recent": []}
+PROGRESS = {"step": 5, "updates": 4, "tokens": 9, "train_digest": "", "recent": []}
 
 
 def change(path, change):
@@ -39,16 +40,7 @@ def write(out, state):
 
 @pytest.fixture
 def saved(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "tokenizer.json").write_text("{}")
-    return save(
-        tmp_path / "out",
-        state(),
-        PROGRESS,
-        config(tmp_path),
-        None,
-        World(),
-    )
+    return save(tmp_path / "out", state(), PROGRESS, config(tmp_path), None, World(), b"{}")
 
 
 def test_round_trip(saved):
@@ -98,9 +90,7 @@ def test_damage_is_found_before_anything_is_read(saved, file, damage):
         path.write_bytes(
             path.read_bytes()[:-1] if damage == "truncate" else path.read_bytes() + b"x"
         )
-    with pytest.raises(
-        UserError, match=rf"is damaged: {file} .*; delete it to go on from the one before"
-    ):
+    with pytest.raises(UserError, match=rf"is damaged: {file} .*; copy it again, if you can"):
         Checkpoint(saved)
 
 
@@ -139,7 +129,6 @@ def put_norm(key, value):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (put("format", 1), "its format is 1, not 2"),
         (put("step", 6), "it is of step 6, and was given another name"),
         (put("step", -5), "-5 is not a number of things"),
         (put("updates", True), "True is not a number of things"),
@@ -158,6 +147,12 @@ def put_norm(key, value):
 def test_manifests_that_lie(saved, how, message):
     change(saved, how)
     with pytest.raises(UserError, match=rf"is damaged: .*{message}"):
+        Checkpoint(saved)
+
+
+def test_another_format(saved):
+    change(saved, put("format", 1))
+    with pytest.raises(UserError, match="has format 1; this program reads 3"):
         Checkpoint(saved)
 
 
@@ -257,6 +252,32 @@ def test_the_command_that_verifies(saved):
     )
     done = verify(saved.parents[1])
     assert done.stderr.endswith("is not a checkpoint of gigaGPT: it has no manifest.json\n")
+
+
+def test_what_cannot_be_read_is_not_damaged(saved, monkeypatch):
+    """Nobody is told to delete a checkpoint for a hiccup of a network disk."""
+
+    def unreadable(file, kind):
+        raise OSError(5, "Input/output error", file.name)
+
+    opened = Checkpoint(saved)
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", unreadable)
+    message = f"{saved}/norm.safetensors can't be read (Input/output error); try again"
+    with pytest.raises(UserError, match=re.escape(message)):
+        opened.read("norm.weight")
+
+
+def test_files_follow_the_umask(saved):
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o644}
+
+
+def test_a_checkpoint_on_another_disk(saved):
+    """Moved, with a link in its place: pruning takes the link alone."""
+    moved = saved.rename(saved.parents[1] / "moved")
+    saved.symlink_to(moved)
+    save(saved.parent, state(), PROGRESS | {"step": 7}, config(saved), 1, World())
+    assert [path.name for path in saved.parent.iterdir()] == ["checkpoint_7.mdl"]
+    assert torch.equal(Checkpoint(moved).read("norm.weight"), torch.ones(3))
 
 
 def test_prune_keeps_the_newest(saved):

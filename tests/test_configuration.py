@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster
-from configuration import Configuration, parse_configuration, write_configuration
+from configuration import NANOGPT, Configuration, parse_configuration, write_configuration
 from engines.optimizer import learning_rate
 from errors import UserError
 from machine import parse_bytes
@@ -52,6 +52,12 @@ def test_every_configuration_is_listed_and_has_no_placeholder():
         assert "/path/to" not in path.read_text()
 
 
+@pytest.mark.parametrize(("theirs", "ours"), NANOGPT.items())
+def test_names_of_nanogpt_are_answered_with_ours(parse, config, theirs, ours):
+    with pytest.raises(UserError, match=f"--{theirs} is not a known key; did you mean {ours}"):
+        parse(config.path, f"--{theirs}", "1")
+
+
 def test_command_line_overrides_the_file(parse, config):
     got = parse(config.path, "--batch_size", "8", "--learning_rate", "6e-4", "--bias", "false")
     assert (got.batch_size, got.learning_rate, got.bias, got.width) == (8, 6e-4, False, 32)
@@ -67,7 +73,7 @@ def test_a_number_like_6e_4_in_a_file_is_a_number(parse, config):
 
 def test_written_configuration_is_a_configuration_again(parse, config, tmp_path):
     first = parse(config.path, "--adam_epsilon", "1e-9", "--memory_limit", "20GB")
-    write_configuration(first, tmp_path / "again.yaml")
+    write_configuration(first, first, tmp_path / "again.yaml")
     assert asdict(parse(str(tmp_path / "again.yaml"))) == asdict(first)
 
 
@@ -171,7 +177,7 @@ def test_the_cluster_is_a_section(parse, config):
     for key, value in asdict(got.cluster).items():
         assert value == expected.get(key, True if key == "validate_only" else DEFAULTS[key]), key
     again = Path(config.path).with_name("again.yaml")
-    write_configuration(got, again)
+    write_configuration(got, got, again)
     assert parse(str(again)) == got
     assert parse(str(again), "--cluster.mgmt_address", "other:1").cluster.mount_dirs == [
         "/data",

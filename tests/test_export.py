@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, records
+import torch.nn.functional as F
+from conftest import ROOT, VOCABULARY, records, write_dataset
 from safetensors.torch import load_file, save_file
 from test_train import refused
 
-from checkpoint import Checkpoint
+from checkpoint import MODEL_CODE, Checkpoint, model_code
 from export import load_model, load_tokenizer
 from files import read_sealed, write_sealed
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig, LayerNorm
 
 SHAPES = {
     "small": {"width": 32, "depth": 2, "heads": 2},
@@ -222,7 +223,7 @@ def test_a_checkpoint_of_another_shape(run, config):
         manifest["tensors"][name] |= {"shape": [1], "parts": [{"file": file.name, "rows": [0, 1]}]}
     write_sealed(path / "manifest.json", manifest)
     seen = run("train", config.path, "--checkpoint_path", "latest")
-    refused(seen, "norm.weight has shape [1], the model's is [32]: it is of another model")
+    refused(seen, "norm.weight has shape [1], its configuration's is [32]: it is of another")
 
 
 def test_init_from_weights_that_lack_some(run, config, tmp_path):
@@ -247,3 +248,192 @@ def test_a_requeued_job_with_init_from_goes_on(run, trained, config, tmp_path):
     seen = run("train", config.path, *flags)
     assert seen.status == 0, seen.err
     assert "at step 3" in seen.out
+
+
+def parallel(self: Block, x: torch.Tensor) -> torch.Tensor:
+    return x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))
+
+
+def rms_norm(self: LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+@pytest.mark.parametrize(
+    ("part", "forward", "more", "where"),
+    [
+        (Block, parallel, [], "decoder.0 of model.py computes something else than transformers'"),
+        (LayerNorm, rms_norm, ["--bias", "false"], "decoder.0 of model.py computes something else"),
+    ],
+)
+def test_a_changed_model(run, config, monkeypatch, tmp_path, part, forward, more, where):
+    """As the README changes it: what is written is what model.py computes, and it is no GPT-2."""
+    monkeypatch.setattr(part, "forward", forward)
+    run("train", config.path, *more)
+    path = config.out / "checkpoint_6.mdl"
+    refused(run("export", "--checkpoint_path", path, "--out", tmp_path / "exported"), where)
+    assert not (tmp_path / "exported").exists()
+    flags = ["--checkpoint_path", path, "--prompt", "ab", "--max_new_tokens", 40]
+    seen = run("sample", *flags, "--temperature", 0)
+    assert f"note: {where}" in seen.err and "generating with model.py" in seen.err
+    checkpoint = Checkpoint(path)
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer("ab", return_tensors="pt")["input_ids"]
+    for _ in range(40):
+        ids = torch.cat([ids, our_logits(checkpoint, ids[:, -32:])[:, -1:].argmax(-1)], 1)
+    assert seen.out == tokenizer.decode(ids[0]) + "\n"
+    drawn = [run("sample", *flags, "--seed", seed).out for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_wider_mlp_and_another_parameter_are_no_gpt2(run, config, monkeypatch, tmp_path):
+    build = Block.__init__
+
+    def wider(self: Block, config: GPTConfig) -> None:
+        build(self, config)
+        self.mlp.fc = torch.nn.Linear(config.width, 2 * config.width)
+        self.mlp.proj = torch.nn.Linear(2 * config.width, config.width)
+
+    def further(self: Block, config: GPTConfig) -> None:
+        build(self, config)
+        self.ln_3 = LayerNorm(config)
+        self.register_forward_hook(lambda block, inputs, output: block.ln_3(output))
+
+    for change, message in (
+        (wider, "mlp.c_fc.weight has shape [32, 64], GPT-2's is [32, 128]"),
+        (further, "'ln_3' of"),
+    ):
+        monkeypatch.setattr(Block, "__init__", change)
+        out = tmp_path / change.__name__
+        run("train", config.path, "--num_steps", 1, "--out_dir", out)
+        seen = run("export", "--checkpoint_path", out, "--out", tmp_path / "exported")
+        refused(seen, message)
+        seen = run("sample", "--checkpoint_path", out, "--prompt", "a", "--max_new_tokens", 3)
+        assert seen.status == 0 and message in seen.err
+
+
+def test_other_model_code_is_said(run, config, monkeypatch, tmp_path):
+    run("train", config.path, "--num_steps", 3)
+    commands = [
+        ("train", config.path, "--checkpoint_path", "latest", "--num_steps", 4),
+        ("eval", config.path, "--checkpoint_path", "latest"),
+        ("sample", "--checkpoint_path", config.out, "--prompt", "a", "--max_new_tokens", 1),
+        ("export", "--checkpoint_path", config.out, "--out", tmp_path / "exported"),
+    ]
+    note = "note: model.py or loss.py has changed since"
+    assert note not in run(*commands[1]).err
+    monkeypatch.setattr("resume.MODEL_CODE", "another")
+    for command in commands:
+        assert note in run(*command).err, command
+
+
+def test_comments_do_not_change_the_code_of_a_model(tmp_path):
+    for name in ("model.py", "loss.py"):
+        (tmp_path / name).write_text("# a comment\n\n" + (ROOT / name).read_text())
+    assert model_code(tmp_path) == MODEL_CODE
+    with open(tmp_path / "loss.py", "a") as file:
+        file.write("x = 1\n")
+    assert model_code(tmp_path) != MODEL_CODE
+
+
+def test_init_from_another_tokenizer(run, trained, config, tmp_path):
+    """27 characters on both sides, which are not the same ones."""
+    run("export", "--checkpoint_path", trained, "--out", tmp_path / "exported")
+    other = write_dataset(tmp_path / "other", "ABC" * 300, "ABC" * 30)
+    meta = read_sealed(other / "meta.json")
+    write_sealed(other / "meta.json", meta | {"vocab_size": VOCABULARY})
+    flags = ["--init_from", tmp_path / "exported", "--out_dir", tmp_path / "tuned"]
+    seen = run("train", config.path, *flags, "--dataset", other)
+    refused(seen, f"exported has another tokenizer than {other}; prepare the data with the tok")
+    assert not (tmp_path / "tuned").exists()
+    (tmp_path / "exported" / "tokenizer.json").unlink()
+    seen = run("train", config.path, *flags, "--dataset", other, "--num_steps", 1)
+    assert seen.status == 0
+    assert "exported has no tokenizer: make sure that both have the same" in seen.err
+
+
+def test_init_from_several_files_in_half_precision(run, trained, config, tmp_path):
+    """As large models are published: an index, and tensors in bf16."""
+    run("export", "--checkpoint_path", trained, "--out", tmp_path / "exported")
+    for file in (tmp_path / "exported").glob("*.safetensors"):
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    seen = run(
+        *("train", config.path, "--init_from", tmp_path / "exported", "--num_steps", 1),
+        *("--out_dir", tmp_path / "tuned", "--learning_rate", 1e-30, "--weight_decay", 0),
+    )
+    assert seen.status == 0, seen.err
+    a, b = Checkpoint(trained), Checkpoint(tmp_path / "tuned" / "checkpoint_1.mdl")
+    for name in b.tensors:
+        if not name.startswith("exp_avg"):
+            assert torch.equal(a.read(name).bfloat16().float(), b.read(name)), name
+
+
+def test_too_large_to_sample(run, config, monkeypatch):
+    run("train", config.path, "--num_steps", 3)
+    monkeypatch.setattr("export.host_memory", lambda: 100_000)
+    seen = run("sample", "--checkpoint_path", config.out, "--prompt", "a")
+    refused(seen, "checkpoint_3.mdl does not fit: its model takes 0.0 GB of memory, and there are")
+
+
+def test_eval_that_is_not_finite_is_json(run, config):
+    run("train", config.path, "--num_steps", 3)
+    path = config.out / "checkpoint_3.mdl"
+    damage_tensor(path, "norm.weight", lambda tensor: tensor * 1e38)
+    seen = run("eval", config.path, "--checkpoint_path", path, "--json")
+    result = json.loads(seen.out, parse_constant=lambda word: pytest.fail(word))
+    assert result["loss"] is None or result["perplexity"] is None
+
+
+def damage_tensor(path: Path, name: str, change) -> None:
+    """Changes a tensor of a checkpoint as somebody would who knows the format."""
+    manifest = read_sealed(path / "manifest.json")
+    file = path / manifest["tensors"][name]["parts"][0]["file"]
+    tensors = load_file(file)
+    save_file(tensors | {name: change(tensors[name])}, file)
+    manifest["files"][file.name]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_sealed(path / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "1e-40"], "temperature: 1e-40 is neither 0 nor from 0.01 to 100"),
+        (["--seed", "12345678901234567890123"], "12345678901234567890123 is not from 0 to 2**63"),
+        (["--seed", "-1"], "seed: -1 is not from 0"),
+        (
+            ["--checkpoint_path", "latest", "--out_dir", "nowhere"],
+            "nowhere has no checkpoint; name",
+        ),
+    ],
+)
+def test_more_sample_refusals(run, config, flags, message):
+    run("train", config.path, "--num_steps", 1)
+    refused(run("sample", "--checkpoint_path", config.out, "--prompt", "a", *flags), message)
+
+
+def test_a_model_of_one_position(run, config):
+    flags = ["--sequence_length", 1, "--max_position_embeddings", 1, "--num_steps", 1]
+    run("train", config.path, *flags)
+    flags = ["--checkpoint_path", config.out, "--prompt", "abc", "--max_new_tokens", 4]
+    seen = run("sample", *flags)
+    assert seen.status == 0, seen.err
+    assert len(seen.out) == len("abc") + 4 + 1
+
+
+def test_a_run_is_named_by_its_folder(run, config, tmp_path):
+    run("train", config.path)
+    losses = [
+        json.loads(run("eval", config.path, "--json", "--checkpoint_path", *words).out)
+        for words in (["latest"], [config.out], [config.out / "checkpoint_6.mdl"])
+    ]
+    assert losses[0] == losses[1] == losses[2] and losses[0]["step"] == 6
+    flags = ["--prompt", "ab", "--max_new_tokens", 5, "--checkpoint_path"]
+    texts = [
+        run("sample", *flags, *words).out
+        for words in (["latest", "--out_dir", config.out], [config.out])
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 8
+    seen = run("export", "--checkpoint_path", config.out, "--out", tmp_path / "exported")
+    assert seen.status == 0
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "exported").iterdir()}
+    assert set(modes.values()) == {0o644}, modes

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pyarrow
@@ -17,6 +19,10 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer
+
+from data import prepare
+from dataset import Tokens
+from errors import command
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"Document {i}: naïve café 中文 🎉\r\n\n  two  spaces. " + "word " * i for i in range(120)]
@@ -75,6 +81,38 @@ def own(program):
     folder = program / "data/mine"
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, capfd):
+    """here(*args): `python data/prepare.py *args` in this process, which is faster, for a program
+    in tmp_path, the current folder."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # `command` sets others
+
+    def here(*args):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command(prepare.main)
+        return CompletedProcess(args, stop.value.code or 0, *capfd.readouterr())
+
+    return here
+
+
+@pytest.fixture
+def nano(tmp_path):
+    """A folder as nanoGPT's prepare.py leaves it."""
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    ids = np.random.default_rng(0).integers(0, 50257, 2**20, np.uint16)
+    ids[-1] = 50256
+    ids.tofile(folder / "train.bin")
+    ids[:2].tofile(folder / "val.bin")
+    return folder
 
 
 def run(script, *args, env=None):
@@ -304,6 +342,7 @@ BAD_FILES = [
     ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl, line 2: no text"),
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: no text"),
+    ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", "a.jsonl, line 2: not JSON"),
     ("a.parquet", b"x", "a.parquet: not a parquet file"),
 ]
 
@@ -381,3 +420,122 @@ def test_a_half_replaced_dataset_has_no_meta(own, tmp_path):
     done = run(own.parent / "prepare.py", *("--name", "mine", "--tokenizer", "char", str(path)))
     assert_fails(done, "Is a directory")
     assert not (own / "meta.json").exists()
+
+
+def test_a_damaged_parquet_file_is_told_in_a_line(here, tmp_path):
+    whole = write_parquet(tmp_path / "whole.parquet", TEXTS).read_bytes()
+    source, failed = random.Random(0), 0
+    for _ in range(60):
+        content = bytearray(whole)
+        begin = source.randrange(len(content))
+        if (fault := source.choice(["flip", "cut", "insert"])) == "flip":
+            content[begin] ^= 1 << source.randrange(8)
+        elif fault == "cut":
+            del content[begin : begin + source.randrange(1, 50)]
+        else:
+            content[begin:begin] = source.randbytes(source.randrange(1, 9))
+        (tmp_path / "a.parquet").write_bytes(content)
+        done = here("--name", "mine", "--tokenizer", "char", "a.parquet")
+        if done.returncode:
+            assert_fails(done, "a.parquet", "row ")
+            failed += 1
+    assert failed > 20
+
+
+@pytest.mark.parametrize(
+    "column",
+    [[1, 2], [b"a", b"b"], [["a"], ["b"]], [None, None]],
+    ids=["int", "bytes", "list", "none"],
+)
+def test_a_parquet_column_without_text(here, tmp_path, column):
+    write_parquet(tmp_path / "a.parquet", column)
+    done = here("--name", "mine", "--tokenizer", "char", "a.parquet")
+    assert_fails(done, "a.parquet, row 1: no text under the name 'text'")
+
+
+def test_a_split_of_one_token_is_refused(here, tmp_path, offline, monkeypatch):
+    """Of two documents, one of them empty, val.bin or train.bin has <|endoftext|> alone."""
+    for name, value in offline.items():
+        monkeypatch.setenv(name, value)
+    arguments = ("--name", "mine", write_jsonl(tmp_path / "a.jsonl", ["one", "two"]))
+    assert here(*arguments).returncode == 0
+    before = content(tmp_path / "data/mine")
+    write_jsonl(tmp_path / "a.jsonl", ["some text", ""])
+    assert_fails(here(*arguments), "under 2 tokens", "drop empty documents")
+    assert content(tmp_path / "data/mine") == before
+
+
+def test_a_name_with_a_script_of_its_own(here, tmp_path):
+    script = tmp_path / "data/plays/prepare.py"
+    script.parent.mkdir()
+    script.write_text("")
+    (tmp_path / "a.txt").write_text("some text")
+    done = here("--name", "plays", "--tokenizer", "char", "a.txt")
+    assert_fails(done, f"{script} makes data/plays: run it, or give another --name")
+    assert [path.name for path in script.parent.iterdir()] == ["prepare.py"]
+
+
+def test_adopt(program, offline, nano):
+    before = {path.name: path.read_bytes() for path in nano.iterdir()}
+    script, relative = program / "data/prepare.py", os.path.relpath(nano)
+    done = succeed(script, "--adopt", relative, env=offline)
+    assert done.stdout == f"{relative} is complete: train with --dataset {relative}\n"
+    assert {name: content(nano)[name] for name in before} == before
+    assert not any(path.is_symlink() for path in nano.iterdir())
+    for split in ("train", "val"):
+        opened = Tokens(str(nano), split, 50257)
+        ids = np.fromfile(nano / f"{split}.bin", np.uint16)
+        assert np.array_equal(opened.read(0, opened.count), ids)
+    assert opened.meta["bytes"] == {}
+    tokenizer = Tokenizer.from_file(str(nano / "tokenizer.json"))
+    assert tokenizer.encode("Hello world").ids == [15496, 995]
+
+
+def test_adopt_refuses_what_is_not_gpt2_of_nanogpt(here, nano, offline, monkeypatch):
+    for name, value in offline.items():
+        monkeypatch.setenv(name, value)
+    whole = (nano / "train.bin").read_bytes()
+    for file, content, message in (
+        (
+            "meta.pkl",
+            b"cos\nsystem\n",
+            "nano/meta.pkl: not GPT-2; prepare the text with --tokenizer",
+        ),
+        ("meta.json", b"{}", "nano has a meta.json or tokenizer.json already"),
+        ("tokenizer.json", b"{}", "nano has a meta.json or tokenizer.json already"),
+        ("val.bin", b"\x51\xc4" * 2, "nano/val.bin: not uint16 ids of GPT-2"),
+        ("train.bin", whole + b"\x51\xc4", "nano/train.bin: not uint16 ids of GPT-2"),
+        ("val.bin", b"12345", "nano/val.bin: not uint16 ids of GPT-2"),
+        ("val.bin", b"12", "val.bin has under 2 tokens"),
+        ("val.bin", b"", "val.bin has under 2 tokens"),
+        ("val.bin", None, "nano/val.bin: No such file"),
+    ):
+        path = nano / file
+        before = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        files = sorted(nano.iterdir())
+        assert_fails(here("--adopt", "nano"), message)
+        assert sorted(nano.iterdir()) == files
+        path.unlink(missing_ok=True)
+        if before is not None:
+            path.write_bytes(before)
+    assert_fails(here("--adopt", "nowhere"), "nowhere: No such file")
+    assert not (nano.parent / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["a.txt"],
+        ["--name", "mine"],
+        ["--adopt", "nano", "a.txt"],
+        ["--adopt", "nano", "--name", "mine"],
+        ["--adopt", "nano", "--tokenizer", "char"],
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_do_not_go_together(here, arguments):
+    assert_fails(here(*arguments), "give --name NAME and FILES, or --adopt FOLDER and nothing else")

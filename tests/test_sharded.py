@@ -242,7 +242,9 @@ def test_a_lost_system_ends_the_run(config):
     await_steps(process, 5, seen)
     began = time.monotonic()
     os.kill(workers(process)[1], signal.SIGKILL)
-    refused(end(process), "system 1 was killed by SIGKILL")
+    ended = end(process)
+    refused(ended, "system 1 was killed by SIGKILL")
+    assert ended.err.endswith("; --checkpoint_path latest goes on from the newest checkpoint\n")
     assert time.monotonic() - began < 60
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,47 @@ def test_equals_resident(dataset, tmp_path, case):
         assert (a - b).norm() <= 1e-3 * (b - origin).norm(), name
     engine.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_slow_writes(run, config, monkeypatch):
+    """A gradient is added to what all earlier writes left, whichever thread waits for these: the
+    weights of a model of one layer are fetched while its gradients are still being written."""
+    write = store.DiskStore._write
+
+    def slowly(self, chunk, kinds) -> None:
+        time.sleep(0.02)
+        write(self, chunk, kinds)
+
+    flags = ["--depth", 1, "--micro_batch_size", 1, "--max_gradient_norm", 1e-3, "--num_steps", 3]
+    assert run("train", config.path, *flags, "--engine", "resident").status == 0
+    monkeypatch.setattr(store, "CHUNK", 2**20)  # a unit in one piece
+    monkeypatch.setattr(store.DiskStore, "_write", slowly)
+    flags += ["--engine", "streaming", "--stream_to", "disk", "--pass_size", 1]
+    out = config.out.with_name("streamed")
+    assert run("train", config.path, *flags, "--out_dir", out).status == 0
+    for a, b in zip(records(config.out), records(out), strict=True):
+        assert close(b["loss"], a["loss"], 1e-5)
+        assert close(b["grad_norm"], a["grad_norm"], 1e-5)
+
+
+@pytest.mark.long
+def test_two_hundred_runs_equal_resident(dataset, tmp_path, monkeypatch):
+    """Of 1 to 3 layers, in several passes, from disk, with writes that take 0 to 5 ms."""
+    write, source = store.DiskStore._write, random.Random(0)
+
+    def slowly(self, chunk, kinds) -> None:
+        time.sleep(source.uniform(0, 0.005))
+        write(self, chunk, kinds)
+
+    monkeypatch.setattr(store.DiskStore, "_write", slowly)
+    expected = {depth: train(engine_config(depth=depth), dataset, 3)[0] for depth in (1, 2, 3)}
+    for number in range(200):
+        monkeypatch.setattr(store, "CHUNK", 2048 if number % 5 else 2**20)
+        keys = {"depth": number % 3 + 1, "pass_size": number % 2 + 1, "micro_batch_size": 1}
+        keys |= {"stream_to": "disk", "recompute": number % 4 < 2}
+        got, engine = train(streaming_config(tmp_path, **keys), dataset, 3)
+        equal_runs(expected[keys["depth"]], got)
+        engine.close()
 
 
 @pytest.mark.parametrize("recompute", [True, False])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from conftest import ROOT, VOCABULARY, records
+from conftest import ROOT, VOCABULARY, records, text, write_dataset
 from safetensors.torch import load_file
 
 from checkpoint import Checkpoint
@@ -228,7 +228,8 @@ def test_a_run_leaves_what_it_should(run, config):
     steps = records(config.out)
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     assert set(steps[0]) == {
-        *("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
+        *("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "memory"),
+        *("tokens_per_second", "mfu"),
     }
     assert [set(r) for r in records(config.out, "val_loss")] == [{"step", "val_loss"}]
     assert (config.out / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -308,13 +309,165 @@ def test_what_auto_chose_is_kept_on_resume(run, config):
     assert "note: precision is fp32; it was bf16" in seen.out
 
 
-def test_resolved_configuration_is_a_configuration_again(run, config, tmp_path):
+def test_the_configuration_of_a_run_is_one_again(run, config, tmp_path):
     run("train", config.path, "--num_steps", 3)
-    resolved = yaml.safe_load((config.out / "config.yaml").read_text())
-    assert (resolved["precision"], resolved["engine"]) == ("fp32", "resident")
+    content = (config.out / "config.yaml").read_text()
+    assert "# chosen here: engine: resident\n" in content
+    assert "# chosen here: precision: fp32\n" in content
     again = tmp_path / "again"
     assert run("train", config.out / "config.yaml", "--out_dir", again).status == 0
     assert [r["loss"] for r in records(again)] == [r["loss"] for r in records(config.out)]
+    for systems in (2, 3):  # nothing that was chosen for one system stands in the way
+        seen = run("plan", config.out / "config.yaml", "--num_systems", systems)
+        assert seen.status == 0 and f"{systems} systems of {systems} to a copy" in seen.out
+
+
+def test_a_dataset_that_is_prepared_anew_while_a_run_goes_on(run, config, monkeypatch, tmp_path):
+    """The run keeps what it opened: batches, evaluations and the tokenizer of its checkpoints."""
+    import train as command
+
+    flags = ["--num_steps", 6, "--eval_steps", 2, "--checkpoint_steps", 2]
+    folder = Path(config.values["dataset"])
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    flags += ["--dataset", mine]
+    assert run("train", config.path, *flags).status == 0
+    expected = [
+        {k: r.get(k) for k in ("step", "loss", "val_loss")} for r in records(config.out, "step")
+    ]
+    other, save, out = (
+        write_dataset(tmp_path / "other", "ABC" * 9000, "ABC" * 500),
+        command.save,
+        tmp_path / "b",
+    )
+
+    def save_and_replace(*arguments) -> Path:
+        path = save(*arguments)
+        if path.name == "checkpoint_2.mdl":
+            for file in other.iterdir():
+                os.replace(file, mine / file.name)
+        return path
+
+    monkeypatch.setattr(command, "save", save_and_replace)
+    assert run("train", config.path, *flags, "--out_dir", out).status == 0
+    found = [{k: r.get(k) for k in ("step", "loss", "val_loss")} for r in records(out, "step")]
+    assert found == expected
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    assert Checkpoint(out / "checkpoint_6.mdl").tokenizer.read_bytes() == tokenizer
+    flags[-1] = folder
+    seen = run(
+        "train", config.path, *flags, "--out_dir", out, "--num_steps", 7, "--checkpoint_path", out
+    )
+    assert seen.status == 0 and "is not what" not in seen.out
+
+
+def test_other_data_of_the_same_size_are_told(run, config, tmp_path):
+    run("train", config.path, "--num_steps", 3)
+    other = write_dataset(tmp_path / "other", text(7, 4000), text(7, 301))
+    assert (other / "train.bin").stat().st_size == (
+        Path(config.values["dataset"]) / "train.bin"
+    ).stat().st_size
+    seen = run("train", config.path, "--checkpoint_path", "latest", "--dataset", other)
+    assert seen.status == 0
+    assert (
+        f"note: {other}/train.bin is not what {config.out}/checkpoint_3.mdl was trained on"
+        in seen.out
+    )
+
+
+def test_a_hiccup_of_the_disk_is_no_damage(run, config, monkeypatch):
+    import checkpoint
+
+    run("train", config.path, "--num_steps", 3)
+
+    def unreadable(file, kind):
+        raise PermissionError(13, "Permission denied", file.name)
+
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", unreadable)
+    seen = run("train", config.path, "--checkpoint_path", "latest")
+    refused(seen, "can't be read (Permission denied); try again")
+    assert "delete" not in seen.err and "damaged" not in seen.err
+
+
+def test_a_checkpoint_that_was_moved_to_another_disk(run, config, tmp_path):
+    """A link stands in its place: the run goes on from it, and deletes no more than the link."""
+    run("train", config.path, "--num_steps", 3)
+    moved = (config.out / "checkpoint_3.mdl").rename(tmp_path / "moved")
+    (config.out / "checkpoint_3.mdl").symlink_to(moved)
+    flags = ["--checkpoint_path", "latest", "--keep", 1]
+    seen = run("train", config.path, *flags)
+    assert seen.status == 0, seen.err
+    assert [path.name for path in config.out.glob("*.mdl*")] == ["checkpoint_6.mdl"]
+    assert Checkpoint(moved).step == 3
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_evaluated(run, config, monkeypatch):
+    import eval as command
+
+    run("train", config.path, "--num_steps", 3)
+    shape = command.model_config
+
+    def prune_first(checkpoint: Checkpoint):
+        shutil.rmtree(checkpoint.path)
+        return shape(checkpoint)
+
+    monkeypatch.setattr(command, "model_config", prune_first)
+    seen = run("eval", config.path, "--checkpoint_path", "latest")
+    refused(seen, "checkpoint_3.mdl was deleted while it was read, as a run with `keep` deletes")
+
+
+def test_from_another_folder(run, config, monkeypatch, tmp_path):
+    """Datasets are looked for where one is, and then in the repository."""
+    import dataset
+
+    repository, here = tmp_path / "repository", tmp_path / "here"
+    shutil.copytree(config.values["dataset"], repository / "data" / "words")
+    here.mkdir()
+    monkeypatch.setattr(dataset, "__file__", str(repository / "dataset.py"))
+    monkeypatch.chdir(here)
+    flags = ["--dataset", "data/words"]
+    assert run("train", config.path, *flags).status == 0
+    assert run("eval", config.path, *flags, "--checkpoint_path", config.out).status == 0
+    again = ["--checkpoint_path", "latest", "--out_dir", config.out, "--num_steps", 7]
+    seen = run("train", config.path, *flags, *again)
+    assert seen.status == 0 and "note: dataset" not in seen.out
+    flags = ["--out_dir", "out", "--dataset"]
+    seen = run("train", config.path, *flags, "data/other")
+    refused(
+        seen, f"{here}/data/other/meta.json is missing: prepare the dataset; run: python ../rep"
+    )
+    shutil.copyfile(repository / "data/words/train.bin", here / "train.bin")
+    seen = run("train", config.path, *flags, here)
+    refused(
+        seen, f"if its tokens are GPT-2's, run: python ../repository/data/prepare.py --adopt {here}"
+    )
+
+
+def test_no_home(run, config, monkeypatch):
+    """As in a container whose user has no entry in /etc/passwd."""
+    import pwd
+
+    def unknown(uid: int):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    seen = run("train", config.path)
+    assert seen.status == 0, seen.err
+
+
+def test_a_console_that_is_closed_or_narrow(config):
+    """Started by a program that closes all files, or where nothing but ASCII can be printed."""
+    train = f"{sys.executable} train.py {config.path} --num_steps 2"
+    closed = ["sh", "-c", f"{train} <&- >&- 2>&-"]
+    assert subprocess.run(closed, cwd=ROOT).returncode == 0
+    assert Checkpoint(config.out / "checkpoint_2.mdl").step == 2
+    assert len(records(config.out)) == 2
+    narrow = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [*train.split(), "--out_dir", f"{config.out}-ä×"]
+    done = subprocess.run(command, cwd=ROOT, env=narrow, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"4 \\xd7 32" in done.stdout
 
 
 def test_keeps_the_newest_checkpoints(run, config):
@@ -451,8 +604,6 @@ def test_models_beyond_memory_are_refused_in_one_line(run, name):
 
 
 def test_data_of_another_tokenizer(run, config, tmp_path):
-    from conftest import write_dataset
-
     run("train", config.path, "--num_steps", 3)
     other = write_dataset(tmp_path / "other", "ABC" * 300, "ABC" * 10)
     flags = ["--checkpoint_path", "latest", "--dataset", other, "--vocab_size", 27]
@@ -504,6 +655,35 @@ def test_a_reader_that_is_gone_does_not_end_the_run(config):
     process.wait(timeout=60)
     assert len(list(config.out.glob("checkpoint_*.mdl"))) == 1
     assert "Traceback" not in process.stderr.read()
+
+
+IMPATIENT = """
+import sys, tqdm
+real = tqdm.tqdm.__init__
+tqdm.tqdm.__init__ = lambda *a, **k: real(*a, **k | {"delay": 0, "mininterval": 0, "miniters": 1})
+import errors, train
+errors.command(train.main)
+"""
+
+
+def test_a_reader_that_is_gone_does_not_end_a_save(config):
+    """Of `2>&1 | tee`, where the line that tells how far a long save has come goes too."""
+    flags = ["--num_steps", "100000", "--checkpoint_steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, config.path, *flags],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert len(list(config.out.glob("checkpoint_*.mdl"))) == 1
 
 
 def test_two_runs_in_one_folder(run, config):
