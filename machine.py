@@ -242,7 +242,10 @@ def remembered(
 
 def rates_file() -> Path:
     """Where measured rates are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gigagpt/rates.json")
+    cache = os.environ.get("XDG_CACHE_HOME")
+    with suppress(RuntimeError):  # a user may have no home
+        cache = cache or Path.home() / ".cache"
+    return Path(cache or tempfile.gettempdir(), "gigagpt/rates.json")
 
 
 def peak_flops(backend: str, precision: str) -> float:

@@ -16,16 +16,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
-from math import ceil, log2, nan, prod
+from math import ceil, inf, log2, nan, prod
 from pathlib import Path
 
 import torch
 
-from configuration import MODEL_KEYS, Configuration, parse_configuration
+from configuration import MODEL_KEYS, Configuration, parse_configuration, read_yaml
+from dataset import find_folder
 from engines import LOSS_ROWS
 from engines.store import BUFFERS, CHUNK, remove_abandoned
 from errors import UserError, command
+from files import count_of
 from machine import (
+    DEVICES,
     PER_MACHINE,
     Machine,
     has_bf16_units,
@@ -56,6 +59,7 @@ HOLES = {True: 2.0, False: 1.2}
 ENGINES = ("resident", "streaming")  # of one system; of several: sharded
 RECOMPUTING = ("streaming", "sharded")
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
+CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
 # What another choice would round differently
 CUT = ("micro_batch_size", "pass_size", "recompute", "shards", "reshard")
 TIERS = ("device", "host", "disk")
@@ -75,6 +79,7 @@ class Plan:
     compute: float  # seconds of a step
     transfer: float
     hidden: float  # part of the shorter of the two that runs beside the longer
+    eval_tokens: int = 0  # of an evaluation
 
     @property
     def has(self) -> dict[str, int]:
@@ -96,8 +101,27 @@ class Plan:
         return "transfer" if self.transfer > self.compute else "compute"
 
     @property
+    def eval_seconds(self) -> float:
+        """Of an evaluation, which is a forward pass: a third of the work."""
+        return self.seconds * self.eval_tokens / (3 * step_tokens(self.config))
+
+    @property
+    def save_seconds(self) -> float:
+        return CHECKPOINT_BYTES * count(self.config) / self.machine.write
+
+    @property
+    def evaluations(self) -> int:
+        return ceil(self.config.num_steps / self.config.eval_steps)
+
+    @property
+    def run_seconds(self) -> float:
+        """Of the whole run, with its evaluations and saves."""
+        saves = ceil(self.config.num_steps / self.config.checkpoint_steps) * self.save_seconds
+        return self.seconds * self.config.num_steps + self.evaluations * self.eval_seconds + saves
+
+    @property
     def days(self) -> float:
-        return self.seconds * self.config.num_steps / 86400
+        return self.run_seconds / 86400
 
 
 def resolve(config: Configuration, chosen: dict, training: bool = True, here: int = 1) -> Plan:
@@ -119,7 +143,13 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, here: in
     same_systems = chosen.get("num_systems") == config.num_systems
     if same_systems and plan.config.engine == chosen.get("engine") != "resident":
         cut = {k: chosen[k] for k in CUT if k in chosen and getattr(config, k) in (None, "auto")}
-        same = make_plan(replace(plan.config, **cut), machine, training)  # it rounds alike
+        if config.pass_size is not None:  # what was asked for comes first
+            cut["micro_batch_size"] = None
+        elif (config.micro_batch_size or 0) > (cut.get("pass_size") or config.batch_size):
+            cut["pass_size"] = None
+        # it rounds alike
+        again = replace(config, engine=plan.config.engine, **cut)
+        same = engine_plan(again, machine, chosen.get("micro_batch_size"), training)
         plan = plan if same.lacks else same
     timeout = config.timeout or max(120, int(3 * plan.seconds))
     return replace(plan, config=replace(plan.config, timeout=timeout))
@@ -420,7 +450,43 @@ def make_plan(config: Configuration, machine: Machine, training: bool = True) ->
         transfer = exchange_seconds(config, machine)
         hidden = HIDDEN if on_gpu(machine) else 0.0  # Gloo's threads have no core of their own
     tiers = {tier: int(number) for tier, number in tiers.items()}
-    return Plan(config, machine, tiers, int(inward), int(outward), compute, transfer, hidden)
+    moved = (int(inward), int(outward))
+    return Plan(config, machine, tiers, *moved, compute, transfer, hidden, eval_tokens(config))
+
+
+def step_tokens(config: Configuration) -> int:
+    return config.batch_size * config.sequence_length
+
+
+@lru_cache(maxsize=16)
+def _val_tokens(dataset: str) -> int:
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        meta = json.loads((find_folder(dataset) / "meta.json").read_bytes())
+        return count_of(meta["tokens"]["val"])
+    return 0
+
+
+def eval_tokens(config: Configuration) -> int:
+    """Tokens of an evaluation; 0 where the dataset is not there to tell."""
+    most = inf if config.eval_batches is None else config.eval_batches * step_tokens(config)
+    return min(most, _val_tokens(config.dataset))
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What is likely not meant, a line each."""
+    config, lines = plan.config, []
+    evaluating, training = plan.evaluations * plan.eval_seconds, plan.seconds * config.num_steps
+    if evaluating > training:
+        lines.append(
+            f"note: evaluations take about {time_text(evaluating)} in all, the training "
+            f"{time_text(training)}; lower --eval_batches or raise --eval_steps"
+        )
+    if config.warmup_steps >= config.num_steps:
+        lines.append(
+            f"note: warmup_steps {config.warmup_steps} is not below num_steps {config.num_steps}: "
+            f"the learning rate does not reach its peak before the end"
+        )
+    return lines
 
 
 # Bytes, by tier
@@ -557,7 +623,7 @@ def activation_bytes(config: Configuration) -> int:
     if config.dropout > 0:
         block += 3 * length * config.width
         if config.backend == "CPU":
-            block += config.heads * length**2 * (2 * size + 1)
+            block += 13 * config.heads * length**2  # in fp32 whatever the precision
     return config.depth * block
 
 
@@ -677,11 +743,13 @@ def refusal(config: Configuration, plans: list[Plan], training: bool) -> str:
         f"{size_text(plan.has[tier])}"
         for tier in plan.lacks
     )
-    depth = deepest(config, plan.machine, training)
-    cure = f"--depth {depth} would fit" if depth else "not even --depth 1 would fit"
+    cures = [KEYS[tier] for tier in plan.lacks]
     enough = fewest_systems(config, plan.machine, training) if on_gpu(plan.machine) else None
-    if config.num_systems > 1 and enough:
-        cure = f"--num_systems {enough} would fit"
+    if enough and enough > config.num_systems:
+        cures.insert(0, f"--num_systems {enough}")
+    cure = f"it takes {' or '.join(dict.fromkeys(cures))}"
+    if fitting := largest_fitting(config, plan.machine, training):
+        cure += f"; {fitting} fits here"
     return (
         f"this model does not fit: with the {plan.config.engine} engine its {count(config):,} "
         f"parameters need {needs}; {cure}"
@@ -692,14 +760,18 @@ def least_lacking(plans: list[Plan]) -> Plan:
     return min(plans, key=lambda plan: sum(plan.lacks.values()))
 
 
-def deepest(config: Configuration, machine: Machine, training: bool) -> int:
-    """The greatest depth below the configuration's that fits, by bisection; 0 if none does."""
-    low, high = 0, config.depth
-    while high - low > 1:
-        middle = (low + high) // 2
-        plans = engine_plans(replace(config, depth=middle), machine, None, training)
-        low, high = (low, middle) if first_fitting(plans) is None else (middle, high)
-    return low
+def largest_fitting(config: Configuration, machine: Machine, training: bool) -> str | None:
+    """The largest model of configs/ that fits with the other keys of a configuration."""
+    folder, best = Path(__file__).parent / "configs", (0, None)
+    for path in folder.glob("*.yaml"):
+        values = {key: value for key, value in read_yaml(path).items() if key in MODEL_KEYS}
+        with suppress(ValueError):  # its positions may be fewer than the sequence has
+            smaller = replace(config, **values)
+            if best[0] < count(smaller) < count(config) and first_fitting(
+                engine_plans(smaller, machine, None, training)
+            ):
+                best = (count(smaller), f"configs/{path.name}")
+    return best[1]
 
 
 def fewest_systems(config: Configuration, machine: Machine, training: bool = True) -> int | None:
@@ -714,9 +786,10 @@ def fewest_systems(config: Configuration, machine: Machine, training: bool = Tru
         return "device" not in plan.lacks
 
     whole = range(2 * PER_MACHINE, config.batch_size + 1, PER_MACHINE)
-    counts = [*range(1, min(PER_MACHINE, config.batch_size) + 1), *whole]
-    place = bisect_left(counts, True, key=fits)
-    return counts[place] if place < len(counts) else None
+    for counts in (range(1, min(PER_MACHINE, config.batch_size) + 1), whole):
+        if (place := bisect_left(counts, True, key=fits)) < len(counts):
+            return counts[place]
+    return None
 
 
 def describe(plan: Plan) -> str:
@@ -760,12 +833,17 @@ def describe(plan: Plan) -> str:
     )
     lines.append(
         f"takes {tiers}{each}, a checkpoint {size_text(12 * count(config))}; about "
-        f"{time_text(plan.seconds)} a step, {time_text(plan.seconds * config.num_steps)} for "
+        f"{time_text(plan.seconds)} a step, {time_text(plan.run_seconds)} for "
         f"{config.num_steps:,} steps"
     )
     return "\n".join(lines)
 
 
+KEYS = {
+    "device": "a device with more memory",
+    "host": "more host memory",
+    "disk": "a larger disk (--stream_dir)",
+}
 TIER_NAMES = {"device": "of memory", "host": "of host memory", "disk": "of disk"}
 
 
@@ -785,7 +863,7 @@ def table(plans: list[Plan], machine: Machine) -> Iterator[str]:
     yield _row("", *TIERS, "step", "whole run")
     yield _row("there is", *has)
     for plan in plans:
-        times = (time_text(plan.seconds), time_text(plan.seconds * config.num_steps))
+        times = (time_text(plan.seconds), time_text(plan.run_seconds))
         lacks = (f"{size_text(n)} {TIER_NAMES[tier]}" for tier, n in plan.lacks.items())
         fits = "  lacks " + " and ".join(lacks) if plan.lacks else ""
         yield _row(plan.config.engine, *(size_text(plan.bytes[t]) for t in TIERS), *times) + fits
@@ -798,9 +876,15 @@ def _row(name: str, *cells: str) -> str:
     return f"{name:<10}" + "".join(f"{cell:>18}" for cell in cells)
 
 
-def main() -> None:
-    options = dict.fromkeys(("device", "device_memory", "host_memory", "disk"), str)
-    config, more = parse_configuration("Plan a run.", json=bool, **options)
+def main() -> int:
+    config, more = parse_configuration(
+        "Plan a run.",
+        json=(bool, "print the plan as JSON"),
+        device=(str, f"plan for this GPU, not for this machine: {', '.join(DEVICES)}"),
+        device_memory=(str, "memory of the device, such as 80GB"),
+        host_memory=(str, "host memory of a machine, such as 2TB, which its GPUs share"),
+        disk=(str, "free space where the streaming engine keeps its files, such as 8TB"),
+    )
     given = {
         tier: parse_bytes(text, option)
         for tier, option in (("device", "device_memory"), ("host", "host_memory"), ("disk", "disk"))
@@ -829,17 +913,26 @@ def main() -> None:
     plan = first_fitting(plans) or least_lacking(plans)
     if more["json"]:
         print(json.dumps(summary(plan)))
-        return
+        return 2 if plan.lacks else 0
     for line in table(plans, machine):
         print(line)
+    if on_gpu(machine) and "host" not in given:
+        print(
+            f"host memory: {size_text(machine.host)} a GPU, as this machine has "
+            f"{size_text(machine.host * machine.systems)} for {machine.systems}; --host_memory "
+            f"says what another has"
+        )
     if plan.lacks:
         print(refusal(config, plans, training=True))
-        return
-    print(describe(plan))
+        return 2
+    print("\n".join([describe(plan), *warnings(plan)]))
+    if not plan.eval_tokens:
+        print(f"without evaluations: {config.dataset} is not prepared")
     print(
         f"{plan.limit} is the limit: a step computes for {time_text(plan.compute)}, and its data "
         f"move in {time_text(plan.transfer)}"
     )
+    return 0
 
 
 def summary(plan: Plan) -> dict:

@@ -35,14 +35,7 @@ def train(config: Configuration, world: World) -> None:
     train_batches, val_batches = start.open_data(config, world)
 
     with claim(out_dir, world), StopSignals(world.size) as signals, ExitStack() as stack:
-        say(
-            "\n".join(
-                [
-                    plan.describe(planned),
-                    *(plan.warnings(planned) if hasattr(plan, "warnings") else []),
-                ]
-            )
-        )
+        say("\n".join([plan.describe(planned), *plan.warnings(planned)]))
         engine = stack.enter_context(closing(open_engine(config)))
         if start.read is None:
             engine.initialize(partial(watch, what="starting", unit="unit"))
@@ -54,26 +47,10 @@ def train(config: Configuration, world: World) -> None:
         if world.rank == 0:
             write_configuration(asked, config, out_dir / "config.yaml")
             flops, peak = plan.flops_per_token(config), planned.machine.products * world.size
-            try:  # TEMPORARY until the planner and the metrics are both there
-                others = {
-                    "eval_seconds": planned.eval_seconds,
-                    "save_seconds": planned.save_seconds,
-                }
-                others |= {
-                    "eval_steps": config.eval_steps,
-                    "checkpoint_steps": config.checkpoint_steps,
-                }
-            except AttributeError:
-                others = {
-                    "eval_seconds": 1.0,
-                    "save_seconds": 1.0,
-                    "eval_steps": config.eval_steps,
-                    "checkpoint_steps": config.checkpoint_steps,
-                }
-            try:
-                metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak, **others)
-            except TypeError:
-                metrics = Metrics(out_dir, start.step, config.num_steps, flops, peak)
+            times = (planned.eval_seconds, planned.save_seconds)
+            every = (config.eval_steps, config.checkpoint_steps)
+            steps = (start.step, config.num_steps)
+            metrics = Metrics(out_dir, *steps, flops, peak, *times, *every)
         stack.callback(metrics.close)
         world.gather(None)  # the slowest may take long
 
@@ -89,7 +66,7 @@ def train(config: Configuration, world: World) -> None:
             state = watch(engine.state(), "saving", "file", 3 * (config.depth + 2))
             keep = config.keep if stats.finite else None
             tokenizer = train_batches.tokens.tokenizer
-            with metrics.timed("save_seconds") if hasattr(metrics, "timed") else ExitStack():
+            with metrics.timed("save_seconds"):
                 path = save(out_dir, state, done, asdict(config), keep, world, tokenizer)
             good = path if stats.finite else good
             say(f"saved {path}")
@@ -108,7 +85,7 @@ def train(config: Configuration, world: World) -> None:
                         return
                     yield batch
 
-            with metrics.timed("eval_seconds") if hasattr(metrics, "timed") else ExitStack():
+            with metrics.timed("eval_seconds"):
                 loss, count = engine.evaluate(val_batches.share, until_stopped)
             if not world.agree(signals.stop or failed):  # else it was cut short
                 metrics.log_evaluation(step, loss / count)
@@ -128,10 +105,7 @@ def train(config: Configuration, world: World) -> None:
         ):
             tokens += stats.tokens
             places = [] if stats.counted else train_batches.places(stats.step - 1)
-            try:
-                metrics.log(stats, tokens, places)
-            except TypeError:
-                metrics.log(stats, places)
+            metrics.log(stats, tokens, places)
             skipped = 0 if stats.finite else skipped + 1
             if skipped == MOST_SKIPPED:
                 with world.together():

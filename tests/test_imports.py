@@ -24,7 +24,7 @@ MAY_KNOW = {
         *("systems",),
     },
     "machine": {"configuration", "errors", "files"},
-    "plan": {"configuration", "model", "errors", "machine", "engines"},
+    "plan": {"configuration", "dataset", "model", "errors", "files", "machine", "engines"},
     "metrics": {"engines", "errors", "files"},
     "engines/__init__": {"configuration", "model", "errors", "engines"},
     "engines/optimizer": {"configuration"},

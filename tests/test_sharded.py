@@ -381,7 +381,8 @@ def test_a_dataset_that_one_system_lacks(config, tmp_path):
         ]
 
     first, second = both()
-    refused(first, "system 1: data/words/meta.json is missing: prepare the dataset")
+    refused(first, "data/words/meta.json is missing: prepare the dataset")
+    assert "error: system 1: " in first.err
     assert (second.status, second.err) == (1, "")
     shutil.copytree(config.values["dataset"], folders[1] / "data/words")
     refused(both("--out_dir", "model_dir")[0], "out_dir: model_dir is not the folder that system 0")
