@@ -840,7 +840,7 @@ def describe(plan: Plan) -> str:
 
 
 KEYS = {
-    "device": "a device with more memory",
+    "device": "more memory",
     "host": "more host memory",
     "disk": "a larger disk (--stream_dir)",
 }

@@ -363,7 +363,7 @@ def test_what_does_not_fit_in_memory(config):
     ram = [*flags, "--stream_to", "ram", "--depth", 64]
     _, err = start(config.path, *ram).communicate(timeout=60)
     assert len(err.splitlines()) == 1
-    assert "of memory where there are 1.00 GB; --depth " in err
+    assert "of memory where there are 1.00 GB; it takes more memory" in err
     big = [*flags, "--batch_size", 8192, "--micro_batch_size", 8192]
     _, err = start(config.path, *big).communicate(timeout=60)
     assert len(err.splitlines()) == 1
