@@ -26,10 +26,10 @@ def send(file: str, split: str) -> None:
     from systems import World
 
     config = plan.resolve(parse_configuration("")[0], {}).config
-    train, val, _ = Start(config).open_data(config, World())
+    train, val = Start(config).open_data(config, World())
     batches = val if split == "val" else train
-    steps = range(len(val(0, 1))) if split == "val" else range(3, 9)
-    arguments = ((batches, steps, config.batch_size, torch.int32), {})
+    steps = range(len(val)) if split == "val" else range(3, 9)
+    arguments = ((batches.share, steps, config.batch_size, torch.int32), {})
     content = {
         "sent": [fw_user_serialize(each, recurse=True) for each in (read_batches, arguments)],
         "paths": make_cluster_config(config).python_paths,
