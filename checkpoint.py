@@ -53,9 +53,8 @@ def model_code(folder: Path) -> str:
     return hashlib.sha256("".join(map(ast.unparse, trees)).encode()).hexdigest()
 
 
-MODEL_CODE = model_code(
-    Path(__file__).parent
-)  # at the start: the files may be edited while this process runs
+# At the start: the files may be edited while this process runs
+MODEL_CODE = model_code(Path(__file__).parent)
 
 
 def checkpoint_path(out_dir: Path, step: int) -> Path:

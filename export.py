@@ -320,13 +320,12 @@ def check_memory(checkpoint: Checkpoint) -> tuple[str, torch.dtype]:
     return device, dtype
 
 
-def load_model(checkpoint: Checkpoint):
-    """The checkpoint as transformers' GPT2LMHeadModel, on a GPU if there is one."""
+def load_model(checkpoint: Checkpoint, config: GPTConfig, device: str, dtype: torch.dtype):
+    """The checkpoint as transformers' GPT2LMHeadModel."""
     from transformers import GPT2LMHeadModel
 
-    device, dtype = check_memory(checkpoint)
     with torch.device("meta"):
-        model = GPT2LMHeadModel(hugging_face_config(model_config(checkpoint))).eval()
+        model = GPT2LMHeadModel(hugging_face_config(config)).eval()
     tensors = hugging_face_tensors(checkpoint)
     assign(model, ((name, tensor.to(device, dtype)) for name, tensor in tensors))
     model.lm_head.weight = model.transformer.wte.weight

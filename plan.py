@@ -26,7 +26,7 @@ from dataset import find_folder
 from engines import LOSS_ROWS
 from engines.store import BUFFERS, CHUNK, remove_abandoned
 from errors import UserError, command
-from files import count_of
+from files import count_of, read_sealed
 from machine import (
     DEVICES,
     PER_MACHINE,
@@ -60,8 +60,8 @@ ENGINES = ("resident", "streaming")  # of one system; of several: sharded
 RECOMPUTING = ("streaming", "sharded")
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
-# What another choice would round differently
-CUT = ("micro_batch_size", "pass_size", "recompute", "shards", "reshard")
+# What, beside the micro-batch, another choice would round differently
+CUT = ("pass_size", "recompute", "shards", "reshard")
 TIERS = ("device", "host", "disk")
 RATES = ("products", "bandwidth", "link", "read", "write", "network", "fabric")
 HIDDEN = 0.9  # of what moves runs beside what computes, or the other way round
@@ -143,14 +143,11 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, here: in
     same_systems = chosen.get("num_systems") == config.num_systems
     if same_systems and plan.config.engine == chosen.get("engine") != "resident":
         cut = {k: chosen[k] for k in CUT if k in chosen and getattr(config, k) in (None, "auto")}
-        if config.pass_size is not None:  # what was asked for comes first
-            cut["micro_batch_size"] = None
-        elif (config.micro_batch_size or 0) > (cut.get("pass_size") or config.batch_size):
-            cut["pass_size"] = None
-        # it rounds alike
+        if (config.micro_batch_size or 0) > (cut.get("pass_size") or config.batch_size):
+            del cut["pass_size"]  # what was asked for comes first
         again = replace(config, engine=plan.config.engine, **cut)
         same = engine_plan(again, machine, chosen.get("micro_batch_size"), training)
-        plan = plan if same.lacks else same
+        plan = plan if same.lacks else same  # it rounds alike
     timeout = config.timeout or max(120, int(3 * plan.seconds))
     return replace(plan, config=replace(plan.config, timeout=timeout))
 
@@ -264,8 +261,6 @@ def on_cluster(config: Configuration) -> Plan:
             f"micro_batch_size: {config.micro_batch_size} is more than the {each} sequences that a "
             f"system has of the batch"
         )
-    # input workers read it from another folder
-    config = replace(config, dataset=str(Path(config.dataset).absolute()))
     machine = Machine(
         "Cerebras", "CSX", **nothing, program=0, **dict.fromkeys(RATES, nan), systems=1
     )
@@ -460,9 +455,8 @@ def step_tokens(config: Configuration) -> int:
 
 @lru_cache(maxsize=16)
 def _val_tokens(dataset: str) -> int:
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        meta = json.loads((find_folder(dataset) / "meta.json").read_bytes())
-        return count_of(meta["tokens"]["val"])
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return count_of(read_sealed(find_folder(dataset) / "meta.json")["tokens"]["val"])
     return 0
 
 
@@ -643,7 +637,7 @@ def head_bytes(config: Configuration, training: bool = True) -> int:
 def step_flops(config: Configuration) -> float:
     """Floating-point operations of a step: those of its blocks, and 6 a parameter and token outside
     of them."""
-    tokens = config.batch_size * config.sequence_length
+    tokens = step_tokens(config)
     return 6 * tokens * sizes(config)[0] + block_flops(config)
 
 
@@ -651,7 +645,7 @@ def block_flops(config: Configuration) -> float:
     """Of a step's blocks: 2 a parameter and token forward, and attention's own (on average half of
     the positions are seen: 2 · length · width a token and block), twice that backward, and once
     more if they are computed again."""
-    tokens = config.batch_size * config.sequence_length
+    tokens = step_tokens(config)
     attention = 2 * config.sequence_length * config.width * config.depth
     again = config.engine in RECOMPUTING and config.recompute is True
     return (4 if again else 3) * tokens * (2 * sizes(config)[2] + attention)
@@ -764,12 +758,11 @@ def largest_fitting(config: Configuration, machine: Machine, training: bool) -> 
     """The largest model of configs/ that fits with the other keys of a configuration."""
     folder, best = Path(__file__).parent / "configs", (0, None)
     for path in folder.glob("*.yaml"):
-        values = {key: value for key, value in read_yaml(path).items() if key in MODEL_KEYS}
         with suppress(ValueError):  # its positions may be fewer than the sequence has
+            values = {key: value for key, value in read_yaml(path).items() if key in MODEL_KEYS}
             smaller = replace(config, **values)
-            if best[0] < count(smaller) < count(config) and first_fitting(
-                engine_plans(smaller, machine, None, training)
-            ):
+            between = best[0] < count(smaller) < count(config)
+            if between and first_fitting(engine_plans(smaller, machine, None, training)):
                 best = (count(smaller), f"configs/{path.name}")
     return best[1]
 
@@ -799,14 +792,14 @@ def describe(plan: Plan) -> str:
         return (
             f"{count(config):,} parameters, {config.num_systems} Cerebras system"
             f"{'s' * (config.num_systems > 1)}, {config.precision}, "
-            f"{config.batch_size * config.sequence_length:,} tokens a step; the cluster plans the "
-            f"rest; a checkpoint takes {size_text(12 * count(config))}, as do what is sent first "
-            f"and what is fetched to be saved"
+            f"{step_tokens(config):,} tokens a step; the cluster plans the "
+            f"rest; a checkpoint takes {size_text(CHECKPOINT_BYTES * count(config))}, as do what is "
+            f"sent first and what is fetched to be saved"
         )
     micro_batches = -(-rows(config) // micro_batch(config))
     lines.append(
         f"{count(config):,} parameters, {config.engine} on {config.backend}, {config.precision}, "
-        f"{config.batch_size * config.sequence_length:,} tokens a step in {micro_batches} "
+        f"{step_tokens(config):,} tokens a step in {micro_batches} "
         f"micro-batches of {micro_batch(config)} × {config.sequence_length}"
     )
     if config.engine == "streaming":
@@ -832,7 +825,7 @@ def describe(plan: Plan) -> str:
         if number
     )
     lines.append(
-        f"takes {tiers}{each}, a checkpoint {size_text(12 * count(config))}; about "
+        f"takes {tiers}{each}, a checkpoint {size_text(CHECKPOINT_BYTES * count(config))}; about "
         f"{time_text(plan.seconds)} a step, {time_text(plan.run_seconds)} for "
         f"{config.num_steps:,} steps"
     )
@@ -850,7 +843,7 @@ TIER_NAMES = {"device": "of memory", "host": "of host memory", "disk": "of disk"
 def table(plans: list[Plan], machine: Machine) -> Iterator[str]:
     """What `python plan.py` prints."""
     config = plans[0].config
-    tokens = config.batch_size * config.sequence_length
+    tokens = step_tokens(config)
     flops = flops_per_token(config) * tokens
     yield f"{count(config):,} parameters, {tokens:,} tokens and {flops:.3e} FLOPs a step"
     yield (
@@ -950,7 +943,7 @@ def summary(plan: Plan) -> dict:
         "bytes": plan.bytes,
         "missing": plan.lacks,
         "bytes_moved": {"in": plan.inward, "out": plan.outward},
-        "flops_per_step": flops_per_token(config) * config.batch_size * config.sequence_length,
+        "flops_per_step": flops_per_token(config) * step_tokens(config),
         "limit": plan.limit,
         "seconds_per_step": plan.seconds,
         "days": plan.days,

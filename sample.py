@@ -81,14 +81,13 @@ def ask() -> str:
 def open_model(checkpoint: Checkpoint, length: int) -> Callable[..., Tensor]:
     """generate(ids, max_new_tokens, temperature, top_k, end) for texts of `length` tokens: ids
     (1, n) -> (1, n + max_new_tokens), or fewer where the text ends."""
-    config = model_config(checkpoint)
+    config, (device, dtype) = model_config(checkpoint), check_memory(checkpoint)
     try:
         check_gpt2(checkpoint, config, min(length, config.max_position_embeddings))
     except NotGPT2 as error:
         print(f"note: {error}; generating with model.py, which is slower", file=sys.stderr)
     else:
-        return partial(generate, load_model(checkpoint))
-    device, dtype = check_memory(checkpoint)
+        return partial(generate, load_model(checkpoint, config, device, dtype))
     with torch.device("meta"):
         model = GPT(config).eval()
     names = [name for name, _ in model.named_parameters()]
@@ -101,11 +100,8 @@ def generate(
 ) -> Tensor:
     """With transformers' model. Its positions end somewhere: from there on it sees the second half
     of what it wrote."""
-    limit, ids, length = (
-        model.config.n_positions,
-        ids.to(model.device),
-        ids.shape[1] + max_new_tokens,
-    )
+    limit, ids = model.config.n_positions, ids.to(model.device)
+    length = ids.shape[1] + max_new_tokens
     draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
     draw = draw if temperature > 0 else {"do_sample": False}
     while ids.shape[1] < length:

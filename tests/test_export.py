@@ -17,6 +17,7 @@ from checkpoint import MODEL_CODE, Checkpoint, model_code
 from export import load_model, load_tokenizer
 from files import read_sealed, write_sealed
 from model import GPT, Block, GPTConfig, LayerNorm
+from resume import model_config
 
 SHAPES = {
     "small": {"width": 32, "depth": 2, "heads": 2},
@@ -178,7 +179,8 @@ def test_sample_follows_the_model(run, config):
     flags = ["--checkpoint_path", checkpoint.path, "--prompt", "ab", "--temperature", 0]
     written = run("sample", *flags, "--max_new_tokens", 20).out[:-1]
     ids = torch.arange(20)[None]
-    assert (load_model(checkpoint)(ids).logits - our_logits(checkpoint, ids)).abs().max() < 1e-4
+    model = load_model(checkpoint, model_config(checkpoint), "cpu", torch.float32)
+    assert (model(ids).logits - our_logits(checkpoint, ids)).abs().max() < 1e-4
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer("ab", return_tensors="pt")["input_ids"]
     for _ in range(20):
@@ -323,7 +325,7 @@ def test_other_model_code_is_said(run, config, monkeypatch, tmp_path):
     assert note not in run(*commands[1]).err
     monkeypatch.setattr("resume.MODEL_CODE", "another")
     for command in commands:
-        assert note in run(*command).err, command
+        assert run(*command).err.count(note) == 1, command
 
 
 def test_comments_do_not_change_the_code_of_a_model(tmp_path):

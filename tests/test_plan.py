@@ -177,6 +177,14 @@ def test_a_streaming_run_is_cut_in_another_way(run, config, flags):
     assert seen.status == 0, seen.err
 
 
+def test_what_a_resumed_run_is_asked_for_comes_first(run, config):
+    streamed = ["--engine", "streaming", "--stream_to", "ram", "--micro_batch_size"]
+    assert run("train", config.path, *streamed, 4, "--num_steps", 3).status == 0
+    seen = run("train", config.path, *streamed, 1, "--pass_size", 2, "--checkpoint_path", "latest")
+    assert seen.status == 0, seen.err
+    assert "4 micro-batches of 1 × 32" in seen.out and "in 2 passes" in seen.out
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_dropout_keeps_on_a_cpu(precision):
     """The probabilities of attention with their masks, in fp32 whatever the precision."""
