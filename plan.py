@@ -793,8 +793,8 @@ def describe(plan: Plan) -> str:
             f"{count(config):,} parameters, {config.num_systems} Cerebras system"
             f"{'s' * (config.num_systems > 1)}, {config.precision}, "
             f"{step_tokens(config):,} tokens a step; the cluster plans the "
-            f"rest; a checkpoint takes {size_text(CHECKPOINT_BYTES * count(config))}, as do what is "
-            f"sent first and what is fetched to be saved"
+            f"rest; a checkpoint takes {size_text(CHECKPOINT_BYTES * count(config))}, as do what "
+            f"is sent first and what is fetched to be saved"
         )
     micro_batches = -(-rows(config) // micro_batch(config))
     lines.append(

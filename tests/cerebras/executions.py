@@ -8,9 +8,9 @@ from resume import Start
 from systems import World
 
 config = plan.resolve(parse_configuration("")[0], {}).config
-train, val, _ = Start(config).open_data(config, World())
+train, val = Start(config).open_data(config, World())
 engine = open_engine(config)
 engine.initialize()
-assert list(engine._execute(train, 0, 1)) == []
-assert engine._evaluate(val) == 0.0
-assert list(engine._execute(train, 1, 2)) == []
+assert list(engine._execute(train.share, 0, 1)) == []
+assert engine._evaluate(val.share) == 0.0
+assert list(engine._execute(train.share, 1, 2)) == []
