@@ -1,12 +1,15 @@
 """Where and how a cluster of Cerebras systems runs a job: the section `cluster` of a run."""
 
-from dataclasses import dataclass
+from pydantic import ConfigDict, PositiveInt
+from pydantic.dataclasses import dataclass
 
 
-@dataclass
+@dataclass(config=ConfigDict(strict=True))
 class Cluster:
-    """Fields of `cerebras.pytorch`'s ClusterConfig, backend and flags, by their names there, where
-    null is the package's own default, or the cluster's. The number of systems is num_systems.
+    """Cerebras systems
+
+    Fields of `cerebras.pytorch`'s ClusterConfig, backend and flags, by their names there; null is
+    the package's default, or the cluster's. The number of systems is num_systems.
 
     Args:
         mgmt_address: host:port of the cluster's management; null: as the user node is set up
@@ -33,22 +36,19 @@ class Cluster:
     credentials_path: str | None = None
     mount_dirs: list[str] | None = None
     python_paths: list[str] | None = None
-    num_workers_per_csx: int | None = None
-    max_wgt_servers: int | None = None
-    max_act_per_csx: int | None = None
+    num_workers_per_csx: PositiveInt | None = None
+    max_wgt_servers: PositiveInt | None = None
+    max_act_per_csx: PositiveInt | None = None
     job_labels: list[str] | None = None
     job_priority: str | None = None
-    job_time_sec: int | None = None
+    job_time_sec: PositiveInt | None = None
     disable_version_check: bool | None = None
     compile_dir: str | None = None
-    compile_crd_memory_gi: int | None = None
-    execute_crd_memory_gi: int | None = None
+    compile_crd_memory_gi: PositiveInt | None = None
+    execute_crd_memory_gi: PositiveInt | None = None
     validate_only: bool = False
     compile_only: bool = False
 
     def __post_init__(self):
-        for key, value in vars(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"cluster.{key}: {value} is not a positive number")
         if self.validate_only and self.compile_only:
-            raise ValueError("cluster.validate_only and cluster.compile_only: take one of them")
+            raise ValueError("cluster.validate_only and cluster.compile_only: use one of them")

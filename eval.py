@@ -5,50 +5,53 @@ import math
 from contextlib import closing
 from functools import partial
 
-import plan
-from configuration import Configuration, parse_configuration
-from dataset import EvalBatches
+from configuration import Configuration
+from dataset import EvalData
 from engines import open_engine
-from errors import UserError, command
-from metrics import perplexity, watch
-from resume import check_same_data, check_tokenizer, find_checkpoint, model_config, with_model
-from systems import World, joined
+from planner.resolve import resolve
+from runtime.arguments import parse_configuration
+from runtime.console import UserError, command, progress
+from runtime.distributed import Group, joined
+from runtime.metrics import perplexity
+from runtime.resume import check_same_data, check_tokenizer, find_checkpoint
 
 
 def main() -> None:
     config, more = parse_configuration(
         "Evaluate a checkpoint.", json=(bool, "print the result as JSON")
     )
-    with joined(config, training=False) as world:
-        evaluate(config, world, more["json"])
+    with joined(config, training=False) as group:
+        evaluate(config, group, more["json"])
 
 
-def evaluate(config: Configuration, world: World, as_json: bool) -> None:
-    with world.together():
-        checkpoint = find_checkpoint(config, world)
+def evaluate(config: Configuration, group: Group, as_json: bool) -> None:
+    with group.shared_errors():
+        checkpoint = find_checkpoint(config, group)
         if checkpoint is None:
             raise UserError(
-                "which checkpoint? add --checkpoint_path with its path, the folder of a run, or "
+                "--checkpoint_path is required: the path of a checkpoint, the folder of a run, or "
                 "latest, the newest in --out_dir"
             )
-        config = with_model(config, model_config(checkpoint))
-        if world.rank == 0:
-            config = plan.resolve(config, {}, False, world.here).config
-        data = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
-        batches = EvalBatches(*data, config.eval_batches)
-        tokens = batches.tokens
-        check_tokenizer(checkpoint, tokens)
-    config = world.gather(config)[0]
-    check_same_data(world, tokens)
+        config = config.with_model(checkpoint.check_model())
+    plan = group.on_first(resolve, config, {}, False, group.local_size)
+    config = plan.config
+    with group.shared_errors():
+        folder = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
+        data = EvalData(*folder, config.eval_batches)
+        check_tokenizer(checkpoint, data.tokens)
+    check_same_data(group, data.tokens)
+    batches = partial(
+        progress, what="evaluating", unit="batch", total=-(-len(data) // plan.eval_sequences)
+    )
     with closing(open_engine(config, training=False)) as engine:
-        engine.load(checkpoint.read, None, partial(watch, what="loading", unit="unit"))
-        world.gather(None)  # the slowest may take long
-        loss_sum, count = engine.evaluate(batches.share, watch)
-    loss = loss_sum / count
+        engine.load(checkpoint.read, None, partial(progress, what="loading", unit="layer"))
+        group.barrier()  # some may take long to load
+        loss_sum, tokens = engine.evaluate(data, plan.eval_sequences, batches)
+    loss = loss_sum / tokens
     result = {"step": checkpoint.step, "loss": loss, "perplexity": perplexity(loss)}
-    result["tokens"] = count
-    if tokens.text_bytes:
-        result["bits_per_byte"] = loss * tokens.count / tokens.text_bytes / math.log(2)
+    result["tokens"] = tokens
+    if data.tokens.text_bytes:
+        result["bits_per_byte"] = loss * data.tokens.count / data.tokens.text_bytes / math.log(2)
     text = " | ".join(f"{key} {value:,.6g}" for key, value in result.items())
     finite = {key: value if math.isfinite(value) else None for key, value in result.items()}
     print(json.dumps(finite) if as_json else text)

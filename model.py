@@ -1,6 +1,6 @@
 """GPT-2: learned positions, pre-LayerNorm, causal attention, embedding tied to the head.
 
-The model is a row of units: `embedding`, each block `decoder.N`, and `norm`. `forward` runs one
+The model is a list of layers: `embedding`, each block `decoder.N`, and `norm`. `forward` runs one
 after the other; an engine may do so itself through `embed`, `decoder[N]` and `loss` instead.
 Nothing here knows of devices, ranks, optimizers or files.
 """
@@ -16,10 +16,18 @@ from torch import Tensor, nn
 
 from loss import IGNORE, ChunkedLoss, cross_entropy
 
+LARGEST = {
+    "width": 10**6,
+    "depth": 10**4,
+    "heads": 10**6,
+    "vocab_size": 10**9,
+    "max_position_embeddings": 10**9,
+}
+
 
 @dataclass
 class GPTConfig:
-    """The shape of a model.
+    """Model
 
     Args:
         width: size of the residual stream
@@ -44,9 +52,9 @@ class GPTConfig:
     activation: Literal["gelu", "gelu_new"] = "gelu"
 
     def __post_init__(self):
-        for key in ("width", "depth", "heads", "vocab_size", "max_position_embeddings"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} is not a positive number")
+        for key, most in LARGEST.items():
+            if not 1 <= getattr(self, key) <= most:
+                raise ValueError(f"{key}: {getattr(self, key)} is not from 1 to {most:,}")
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide width {self.width}")
         if not self.init_std >= 0:
@@ -119,20 +127,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Table(nn.Embedding):
-    """Not drawn at construction, which on the meta device would import torch.compile's front end, a
-    second of every start."""
-
-    def reset_parameters(self) -> None: ...
-
-
 class Embedding(nn.Module):
     """Tokens and their learned positions."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.tokens = Table(config.vocab_size, config.width)
-        self.positions = Table(config.max_position_embeddings, config.width)
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.max_position_embeddings, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         # float() for the sake of its gradient: a CPU sums a bf16 one in bf16, as in LayerNorm
@@ -141,7 +142,7 @@ class Embedding(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Weights are not drawn at construction: see `init_unit`."""
+    """A decoder-only transformer. Weights are not drawn at construction: see `init_layer`."""
 
     loss_rows = 1024  # positions whose logits exist at one time
     cross_entropy = staticmethod(cross_entropy)
@@ -153,17 +154,17 @@ class GPT(nn.Module):
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config)
 
-    def units(self) -> dict[str, nn.Module]:
+    def layers(self) -> dict[str, nn.Module]:
         """The modules that own the parameters, by name, in the order of the forward pass."""
         blocks = {f"decoder.{i}": block for i, block in enumerate(self.decoder)}
         return {"embedding": self.embedding, **blocks, "norm": self.norm}
 
     @torch.no_grad()
-    def init_unit(self, name: str, seed: int) -> None:
-        """Draws the weights of one unit, in place, as a function of (seed, name) alone.
+    def init_layer(self, name: str, seed: int) -> None:
+        """Draws the weights of one layer, in place, as a function of (seed, name) alone.
 
         normal(init_std), residual projections divided by sqrt(2·depth), biases 0, norms 1 (Radford
-        et al. 2019, "Language Models are Unsupervised Multitask Learners", 2.3). The unit must be
+        et al. 2019, "Language Models are Unsupervised Multitask Learners", 2.3). The layer must be
         on the CPU, whose generator gives every engine the same numbers.
         """
         generator = torch.Generator().manual_seed(derive_seed(seed, name))

@@ -1,23 +1,15 @@
-"""Writes text with a checkpoint: python sample.py --checkpoint_path P [--prompt TEXT]
-
-Without a prompt it asks for one after the other. Generation is transformers' own where its GPT-2
-computes what model.py does, else a plain loop over model.py.
-"""
+"""Writes text with a checkpoint: python sample.py --checkpoint_path P [--prompt TEXT]"""
 
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from torch import Tensor
 
-from checkpoint import Checkpoint, open_newest
-from errors import UserError, command
-from export import NotGPT2, assign, check_gpt2, check_memory, encode, load_model, load_tokenizer
-from model import GPT
-from resume import model_config
+from runtime.checkpoint import open_newest
+from runtime.console import UserError, command
+from runtime.generation import open_model
+from runtime.huggingface import encode, load_tokenizer
 
 
 def sample(
@@ -34,7 +26,7 @@ def sample(
 
     Args:
         checkpoint_path: a checkpoint, the folder of a run (its newest), or latest (in out_dir)
-        prompt: the text to go on from; without it, asks for one after the other
+        prompt: the text to continue; without it, prompts are read from the terminal
         max_new_tokens: tokens to write
         temperature: below 1 likelier tokens, above 1 more surprising ones; 0: the likeliest
         top_k: draw from this many likeliest tokens
@@ -76,59 +68,6 @@ def ask() -> str:
         return input("Enter a prompt (RETURN to exit): ")
     except EOFError:
         return ""
-
-
-def open_model(checkpoint: Checkpoint, length: int) -> Callable[..., Tensor]:
-    """generate(ids, max_new_tokens, temperature, top_k, end) for texts of `length` tokens: ids
-    (1, n) -> (1, n + max_new_tokens), or fewer where the text ends."""
-    config, (device, dtype) = model_config(checkpoint), check_memory(checkpoint)
-    try:
-        check_gpt2(checkpoint, config, min(length, config.max_position_embeddings))
-    except NotGPT2 as error:
-        print(f"note: {error}; generating with model.py, which is slower", file=sys.stderr)
-    else:
-        return partial(generate, load_model(checkpoint, config, device, dtype))
-    with torch.device("meta"):
-        model = GPT(config).eval()
-    names = [name for name, _ in model.named_parameters()]
-    assign(model, ((name, checkpoint.read(name).to(device, dtype)) for name in names))
-    return partial(generate_plain, model)
-
-
-def generate(
-    model, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int, end: int | None
-) -> Tensor:
-    """With transformers' model. Its positions end somewhere: from there on it sees the second half
-    of what it wrote."""
-    limit, ids = model.config.n_positions, ids.to(model.device)
-    length = ids.shape[1] + max_new_tokens
-    draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    draw = draw if temperature > 0 else {"do_sample": False}
-    while ids.shape[1] < length:
-        seen = ids if ids.shape[1] < limit else ids[:, -max(1, limit // 2) :]
-        new = min(length - ids.shape[1], max(1, limit - seen.shape[1]))
-        mask = torch.ones_like(seen)
-        out = model.generate(seen, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **draw)
-        ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
-        if ids[0, -1] == end:
-            break
-    return ids
-
-
-@torch.no_grad()
-def generate_plain(
-    model: GPT, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int, end: int | None
-) -> Tensor:
-    """With model.py, which sees as many of the last tokens as it has positions."""
-    ids = ids.to(model.norm.weight.device)
-    for _ in range(max_new_tokens):
-        logits = model(ids[:, -model.config.max_position_embeddings :])[0, -1].float()
-        top, tokens = logits.topk(min(top_k, len(logits)) if temperature > 0 else 1)
-        drawn = (top / (temperature or 1)).softmax(0).multinomial(1)
-        ids = torch.cat([ids, tokens[drawn][None]], dim=1)
-        if ids[0, -1] == end:
-            break
-    return ids
 
 
 def main() -> None:

@@ -23,11 +23,11 @@ from jsonargparse import auto_cli
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from peers import SIDES, Task
 
-import plan
 from configuration import Configuration
-from dataset import write_meta
-from errors import UserError, command
-from machine import has_bf16_units
+from planner.costs import count
+from planner.machine import has_bf16_units
+from runtime.console import UserError, command
+from runtime.tokens import write_meta
 
 ELSEWHERE = ("litgpt", "deepspeed")  # in the environment of --peers_python
 CHECKOUTS = ("nanogpt", "gigagpt")  # need a checkout
@@ -143,8 +143,8 @@ def check(names: list[str], checkouts: dict, peers_python: str | None) -> None:
 def write_corpus(folder: Path, vocab_size: int) -> None:
     random = np.random.RandomState(0)
     counts = {"train": CORPUS, "val": 100_000}
-    for split, count in counts.items():
-        random.randint(0, vocab_size, count).astype("<u2").tofile(folder / f"{split}.bin")
+    for split, tokens in counts.items():
+        random.randint(0, vocab_size, tokens).astype("<u2").tofile(folder / f"{split}.bin")
     write_meta(folder, {"dtype": "uint16", "vocab_size": vocab_size})
 
 
@@ -238,7 +238,7 @@ def parameters(task: Task) -> int:
         max_position_embeddings=task.sequence_length,
         sequence_length=task.sequence_length,
     )
-    return plan.count(config)
+    return count(config)
 
 
 if __name__ == "__main__":

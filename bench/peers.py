@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import TrainBatches
+from dataset import Batch, TrainData
 
 USUAL = {"cpu": 2048, "cuda": 16384}  # tokens in a forward pass
 Step = Callable[[], float]  # trains one step and returns the mean loss
@@ -52,26 +52,27 @@ class Task:
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def batches(self, rank: int = 0, world: int = 1) -> "TimedBatches":
-        shape = (self.vocab_size, self.sequence_length, self.batch_size, 0, rank, world)
-        return TimedBatches(self.data, *shape)
+    def batches(self) -> "TimedBatches":
+        return TimedBatches(self.data, self.vocab_size, self.sequence_length, self.batch_size, 0)
 
 
-class TimedBatches(TrainBatches):
+class TimedBatches(TrainData):
     """Knows the seconds that its batches took."""
 
     seconds = 0.0
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def get(self, step: int, rank: int = 0, size: int = 1) -> Batch:
         begin = time.perf_counter()
-        batch = super().__getitem__(step)
+        batch = super().get(step, rank, size)
         TimedBatches.seconds += time.perf_counter() - begin
         return batch
 
 
 def ours(task: Task, engine: str, **keys: object) -> Step:
-    import plan
     from configuration import Configuration
+    from planner.costs import step_flops
+    from planner.report import describe
+    from planner.resolve import resolve
 
     config = Configuration(
         width=task.width,
@@ -86,50 +87,51 @@ def ours(task: Task, engine: str, **keys: object) -> Step:
         out_dir=task.scratch,
         **keys,
     )
-    planned = plan.resolve(config, {})
-    print(plan.describe(planned), file=sys.stderr)
-    steps = running(planned.config, task.batches)
+    planned = resolve(config, {})
+    print(describe(planned), file=sys.stderr)
+    steps = running(planned.config, task.batches())
 
     def step() -> float:
         return next(steps).loss
 
-    step.flops = plan.step_flops(planned.config)
+    step.flops = step_flops(planned.config)
     return step
 
 
-def running(config: "Configuration", batches: Callable) -> Iterator["StepStats"]:  # noqa: F821
+def running(config: "Configuration", data: object) -> Iterator["StepStats"]:  # noqa: F821
     """The steps of our engine for a resolved configuration."""
     from engines import open_engine
 
     engine = open_engine(config)
     engine.initialize()
-    return engine.run(batches, 0, 10**9, lambda fraction: None)
+    return engine.run(data, 0, 10**9, lambda fraction: None)
 
 
 class RandomBatches:
     """The same random token ids in every step."""
 
-    def __init__(self, config: "Configuration", rank: int, world: int):  # noqa: F821
+    def __init__(self, config: "Configuration"):  # noqa: F821
         shape = (config.batch_size, config.sequence_length + 1)
         ids = np.random.RandomState(0).randint(0, config.vocab_size, shape)
-        self.batch = [np.array_split(a, world)[rank] for a in (ids[:, :-1], ids[:, 1:])]
+        self.arrays = (ids[:, :-1], ids[:, 1:])
 
-    def __getitem__(self, step: int) -> list[np.ndarray]:
-        return self.batch
+    def get(self, step: int, rank: int = 0, size: int = 1) -> Batch:
+        return Batch(*(np.array_split(a, size)[rank] for a in self.arrays), [])
 
 
 def held_block(task: Task) -> Step:
     """What streaming's step computes in its blocks, without the streaming: one block, compiled as
     there, stays on the device and is all of them, forward and, recomputed, backward."""
-    import plan
     from configuration import Configuration
-    from engines import prepare_compute
+    from engines.base import prepare_compute
     from model import GPT
+    from planner.costs import block_flops
+    from planner.resolve import resolve_device
 
     keys = {key: getattr(task, key) for key in ("width", "depth", "heads", "vocab_size")}
     keys |= {"max_position_embeddings": task.sequence_length, "engine": "streaming"}
     keys |= {"sequence_length": task.sequence_length, "batch_size": task.batch_size}
-    config = plan.resolve_device(Configuration(**keys, recompute=True), {})
+    config = resolve_device(Configuration(**keys, activation_checkpointing=True), {})
     with torch.device("meta"):
         model = GPT(config)
     block = model.decoder[0].to_empty(device=task.device)
@@ -153,7 +155,7 @@ def held_block(task: Task) -> Step:
             y.backward(x)
         return y[0, 0, 0].item()
 
-    step.flops = plan.block_flops(config) * count * task.rows / (task.depth * task.batch_size)
+    step.flops = block_flops(config) * count * task.rows / (task.depth * task.batch_size)
     return step
 
 
@@ -187,7 +189,8 @@ def trained(
 def in_order(task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     batches, step = task.batches(), 0
     while True:
-        yield tuple(np.ascontiguousarray(a) for a in batches[step])
+        batch = batches.get(step)
+        yield tuple(np.ascontiguousarray(a) for a in (batch.ids, batch.targets))
         step += 1
 
 

@@ -1,7 +1,7 @@
 """The picture of docs/performance.md: python bench/picture.py RESULTS.jsonl docs/performance.png
 
 Tokens a second against the size of the model, from the lines that bench/compare.py wrote: the best
-of each side at each size, and what the measured matrix products would allow.
+of each side at each size, and what the measured matrix matmul would allow.
 """
 
 import json
@@ -25,7 +25,7 @@ def main(results: str, picture: str) -> None:
                 rate = max(curves[name].get(size, 0), side["tokens_per_second"])
                 curves[name][size] = rate
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    axes.plot(*zip(*sorted(roof.items()), strict=True), "k--", label="roof: bf16 matrix products")
+    axes.plot(*zip(*sorted(roof.items()), strict=True), "k--", label="roof: bf16 matrix matmul")
     for name, curve in curves.items():
         ours = name.startswith(("resident", "streaming"))
         sizes, rates = zip(*sorted(curve.items()), strict=True)

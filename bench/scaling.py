@@ -9,7 +9,6 @@ gathering and reducing, in one more step.
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +17,11 @@ from jsonargparse import auto_cli
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peers import RandomBatches, running
 
-import plan
 from configuration import Configuration
-from metrics import memory_used
-from systems import joined
+from planner.report import summary
+from planner.resolve import resolve
+from runtime.distributed import joined
+from runtime.metrics import memory_used
 
 SHAPE_111M = {"width": 768, "depth": 10, "heads": 12}
 EXCHANGES = ("FSDP::all_gather", "FSDP::post_backward_reduce", "FSDP::all_gather_copy_out")
@@ -59,10 +59,10 @@ def compare(sides: dict[str, dict], rounds: int, steps: int) -> None:
 def one(keys: str, steps: int) -> None:
     """Some steps of one side, given as JSON; the first system tells how long they took."""
     config = Configuration(**json.loads(keys))
-    with joined(config, training=False) as world:
-        planned = plan.resolve(config, {}, here=world.here) if world.rank == 0 else None
-        config = world.gather(planned)[0].config
-        running_steps = running(config, partial(RandomBatches, config))
+    with joined(config, training=False) as group:
+        planned = group.on_first(resolve, config, {}, True, group.local_size)
+        config = planned.config
+        running_steps = running(config, RandomBatches(config))
         next(running_steps)  # to warm up
         seconds = [next(running_steps).seconds for _ in range(steps)]
         gigabytes = memory_used() / 1e9
@@ -70,9 +70,9 @@ def one(keys: str, steps: int) -> None:
             next(running_steps)
         times = {event.key.split(" ")[0]: event.cpu_time_total for event in profiler.key_averages()}
         exchanged = sum(time for key, time in times.items() if key in EXCHANGES) / 1e6
-        if world.rank == 0:
+        if group.rank == 0:
             told = {"seconds": seconds, "communication": exchanged / min(seconds)}
-            told |= {"gigabytes": gigabytes, "cut": plan.summary(planned)}
+            told |= {"gigabytes": gigabytes, "cut": summary(planned)}
             print(json.dumps(told))
 
 

@@ -8,7 +8,6 @@ measured, for resident and streaming configurations.
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,9 +16,9 @@ from jsonargparse import auto_cli
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peers import RandomBatches, running
 
-import plan
 from configuration import Configuration
-from metrics import memory_used
+from planner.resolve import resolve
+from runtime.metrics import memory_used
 
 SHAPE_111M = {"width": 768, "depth": 10, "heads": 12}
 SMALL = {"width": 512, "depth": 8, "heads": 8, "precision": "fp32"}
@@ -28,8 +27,8 @@ SMALL = {"width": 512, "depth": 8, "heads": 8, "precision": "fp32"}
 def one(keys: str, steps: int = 3) -> None:
     """Runs some steps of a configuration, given as JSON, and prints the plan and what it was."""
     with TemporaryDirectory() as folder:
-        planned = plan.resolve(Configuration(**json.loads(keys), out_dir=folder), {})
-        running_steps = running(planned.config, partial(RandomBatches, planned.config))
+        planned = resolve(Configuration(**json.loads(keys), out_dir=folder), {})
+        running_steps = running(planned.config, RandomBatches(planned.config))
         seconds = [next(running_steps).seconds for _ in range(steps)]
     # the store goes past the page cache, so that the process's own memory is all there is
     measured = {"bytes": memory_used(), "seconds": min(seconds[1:])}
@@ -48,7 +47,7 @@ def memory(width: int = 1024) -> None:
     peaks = {}
     for depth in (4, 8, 16, 32):
         keys = {"width": width, "depth": depth, "heads": width // 64, "precision": "bf16"}
-        keys |= {"engine": "streaming", "stream_to": "disk", "recompute": True}
+        keys |= {"engine": "streaming", "stream_to": "disk", "activation_checkpointing": True}
         keys |= {"batch_size": 1, "sequence_length": 512}
         peaks[depth] = in_own_process(**keys)["measured"]["bytes"]
         print(f"depth {depth:>2}: {peaks[depth] / 1e6:,.0f} MB", file=sys.stderr)
@@ -58,15 +57,15 @@ def memory(width: int = 1024) -> None:
 
 def plans() -> None:
     """Four configurations, each in a process of its own, with rates measured in the same minute."""
-    from machine import rates_file
+    from planner.machine import rates_file
 
     run = {"sequence_length": 1024, "batch_size": 2}
     disk = {"engine": "streaming", "stream_to": "disk"}
     cases = {
         "resident 111m": {**SHAPE_111M, **run, "engine": "resident"},
         "resident fp32": {**SMALL, **run, "engine": "resident"},
-        "streaming 111m, kept": {**SHAPE_111M, **run, **disk, "recompute": False},
-        "streaming fp32, recomputed": {**SMALL, **run, **disk, "recompute": True},
+        "streaming 111m, kept": {**SHAPE_111M, **run, **disk, "activation_checkpointing": False},
+        "streaming fp32, recomputed": {**SMALL, **run, **disk, "activation_checkpointing": True},
     }
     for name, keys in cases.items():
         rates_file().unlink(missing_ok=True)

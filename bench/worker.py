@@ -19,7 +19,7 @@ def main() -> None:
 
     name, keys = sys.argv[1:]
     if name == "roof":
-        from machine import measure_products
+        from planner.machine import measure_products
 
         device = "GPU" if torch.cuda.is_available() else "CPU"
         for precision in sys.stdin:

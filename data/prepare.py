@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
-from dataset import write_meta
-from errors import UserError, command
+from runtime.console import UserError, command
+from runtime.tokens import write_meta
 
 ROOT = Path(__file__).absolute().parents[1]
 Kind = Literal["gpt2", "char"]
@@ -240,26 +240,8 @@ def write(
         "source": source,
     }
     for name, documents in splits.items():
-        try:
-            encoded = documents.map(
-                _encode,
-                batched=True,
-                batch_size=DOCUMENTS_AT_ONCE,
-                remove_columns=documents.column_names,
-                fn_kwargs={"tokenizer": tokenizer, "kind": kind, "dtype": dtype},
-                features=Features(ids=LargeList(Value(dtype.name)), bytes=Value("int64")),
-                num_proc=min(num_proc, len(documents)) if num_proc else None,
-                cache_file_name=f"{temporary}/{name}.arrow",
-                load_from_cache_file=False,
-                desc=f"encoding {name}",
-            )
-        except multiprocess.TimeoutError as error:
-            # `datasets` gives its processes a moment to end; what ended the work is behind it.
-            raise error.__context__ or error from None
-        with open(f"{temporary}/{name}.bin", "wb") as file:
-            for table in encoded.with_format("arrow").iter(1):
-                table["ids"].combine_chunks().flatten().to_numpy().tofile(file)
-        meta["bytes"][name] = sum(encoded["bytes"])
+        keys = {"tokenizer": tokenizer, "kind": kind, "dtype": dtype}
+        meta["bytes"][name] = _encode_split(temporary, name, documents, keys, num_proc)
     Path(temporary, "tokenizer.json").write_bytes(tokenizer.to_str().encode())
     meta = write_meta(Path(temporary), meta)
     if min(meta["tokens"].values()) < 2:
@@ -272,6 +254,32 @@ def write(
     for name in splits:
         path = (folder / f"{name}.bin").relative_to(ROOT)
         print(f"{path}: {meta['tokens'][name]:,} tokens, {meta['bytes'][name]:,} bytes of text")
+
+
+def _encode_split(
+    temporary: str, name: str, documents: Dataset, keys: dict, num_proc: int | None
+) -> int:
+    """Writes the token ids of a split, and returns the bytes of its text."""
+    try:
+        encoded = documents.map(
+            _encode,
+            batched=True,
+            batch_size=DOCUMENTS_AT_ONCE,
+            remove_columns=documents.column_names,
+            fn_kwargs=keys,
+            features=Features(ids=LargeList(Value(keys["dtype"].name)), bytes=Value("int64")),
+            num_proc=min(num_proc, len(documents)) if num_proc else None,
+            cache_file_name=f"{temporary}/{name}.arrow",
+            load_from_cache_file=False,
+            desc=f"encoding {name}",
+        )
+    except multiprocess.TimeoutError as error:
+        # `datasets` gives its processes a moment to end; the cause is behind it
+        raise error.__context__ or error from None
+    with open(f"{temporary}/{name}.bin", "wb") as file:
+        for table in encoded.with_format("arrow").iter(1):
+            table["ids"].combine_chunks().flatten().to_numpy().tofile(file)
+    return sum(encoded["bytes"])
 
 
 def _encode(batch: dict, tokenizer: Tokenizer, kind: Kind, dtype: np.dtype) -> dict[str, list]:

@@ -1,9 +1,9 @@
 """Cerebras systems, through the vendor's own package, which nothing else imports.
 
 A step is traced once, lowered and compiled for the wafer; the appliance then pulls batches from its
-input workers by itself and hands losses back later. Its weights can be had in the steps that it was
-told of before, so each segment of the run, up to an evaluation, is one execution with a schedule of
-checkpoints. docs/cerebras.md says how this was tried, and what was not.
+input workers by itself and returns losses later. Its weights are available after steps that were
+named in advance, so each segment of the run, up to an evaluation, is one execution with a schedule
+of checkpoints. docs/cerebras.md says what was tested, and what was not.
 """
 
 import atexit
@@ -14,10 +14,10 @@ import shutil
 import sys
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import mkdtemp
@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configuration import Configuration
-from engines import Batches, Read, StepStats
+from dataset import Batch, EvalData, TrainData
+from engines.base import Engine, Read, StepStats
 from engines.optimizer import (
     BETAS,
     FINAL_FRACTION,
@@ -41,11 +42,11 @@ from engines.optimizer import (
     learning_rate,
     parameter_groups,
 )
-from errors import UserError
 from model import GPT, IGNORE, derive_seed
+from runtime.console import UserError
 
 PROGRAM = Path(__file__).resolve().parents[1]
-# At Ctrl-C these cancel what they wait for, where it asks us to go on to the next checkpoint
+# At Ctrl-C these cancel what they wait for; we go on to the next checkpoint
 CANCELLING = (
     "cerebras.appliance.utils.interceptors",
     "cerebras.pytorch.core.appliance",
@@ -53,18 +54,18 @@ CANCELLING = (
 )
 
 
-class CerebrasEngine:
+class CerebrasEngine(Engine):
     """The package's CSX backend, or its CPU backend, which runs the same step eagerly in fp32.
 
-    Weights come and go through files in out_dir/cerebras, which the package reads and writes tensor
+    Weights are passed through files in out_dir/cerebras, which the package reads and writes tensor
     by tensor, so that this machine never holds the model.
     """
 
     def __init__(self, config: Configuration, training: bool = True):
-        self.config, self.training, self.updates = config, training, 0
-        self.recent, self.saved = deque(), None
+        super().__init__(config, training)
+        self.saved: Path | None = None
         if config.skip_loss_spikes:
-            raise UserError("skip_loss_spikes: engine cerebras has no such guard; leave it out")
+            raise UserError("skip_loss_spikes: not supported by engine cerebras; remove it")
         self.folder = Path(config.out_dir, "cerebras")
         self.folder.mkdir(parents=True, exist_ok=True)
         if training:
@@ -101,44 +102,28 @@ class CerebrasEngine:
         if self.backend.is_csx:  # bf16 needs no scale, but its scaler skips steps, traced
             self.scaler = cstorch.amp.GradScaler("dynamic", 1.0, None, 1.0, 1.0)
 
-    def initialize(self, progress: Callable = iter) -> None:
-        if not self.backend.is_e2e_execution:
-            return  # the graph does not depend on the weights
-        with torch.device("meta"):
-            drawn = GPT(self.config)
-        for name, unit in progress(list(drawn.units().items())):
-            unit.to_empty(device="cpu")
-            drawn.init_unit(name, self.config.seed)
-            self._put(name, dict(unit.named_parameters(name)))
-            unit.to("meta")
-        self._take()
-        self._set_updates(0)
+    def initialize(self, progress: Callable[[Iterable], Iterable] = iter) -> None:
+        if self.backend.is_e2e_execution:  # else only the graph matters, not the weights
+            super().initialize(progress)
 
-    def load(self, read: Read, updates: int | None, progress: Callable = iter) -> None:
-        if not self.backend.is_e2e_execution:
-            return
-        kinds = ["", *(f"{moment}." for moment in MOMENTS)]
-        with_moments = updates is not None and self.training
-        for name, unit in progress(list(self.model.units().items())):
-            for kind in kinds if with_moments else kinds[:1]:
-                tensors = {
-                    kind + key: read(kind + key, None)
-                    for key, parameter in unit.named_parameters(name)
-                }
-                self._put(kind + name, tensors)
-        self._take()
-        if self.training:
-            self._set_updates(updates or 0)
+    def load(
+        self,
+        read: Read,
+        optimizer_steps: int | None,
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> None:
+        if self.backend.is_e2e_execution:
+            super().load(read, optimizer_steps, progress)
 
-    def _put(self, name: str, tensors: dict[str, Tensor]) -> None:
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        path = self.folder / f"{name}.safetensors"
+    def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
+        named = {kind + name: tensor.contiguous() for name, tensor in tensors.items()}
+        path = self.folder / f"{kind}{layer}.safetensors"
         try:
-            save_file(tensors, path)
+            save_file(named, path)
         except SafetensorError as error:
-            raise unwritten(path, str(error)) from None
+            raise write_error(path, str(error)) from None
 
-    def _take(self) -> None:
+    def ready(self) -> None:
         """Has the package load what was put: it reads a tensor when it sends it."""
         tensors = {}
         for path in self.folder.glob("*.safetensors"):
@@ -151,17 +136,19 @@ class CerebrasEngine:
                 for moment in MOMENTS:
                     state["state"][number][moment] = tensors[f"{moment}.{name}"]
             self.optimizer.load_state_dict(state)
+        if self.training:
+            self._set_optimizer_steps()
 
     def _numbers(self) -> dict[str, int]:
         """The optimizer numbers parameters, in the order of its groups."""
         ordered = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
         return {name: ordered.index(id(p)) for name, p in self.model.named_parameters()}
 
-    def _set_updates(self, updates: int) -> None:
-        """Sets what depends on the number of updates that were made: the powers of beta that
-        correct the next one's bias, and the steps of the schedules, which count from 1 as
-        `learning_rate` does."""
-        self.updates, count = updates, updates + 1
+    def _set_optimizer_steps(self) -> None:
+        """Sets what depends on the number of optimizer steps: the powers of beta for the next
+        bias correction, and the steps of the schedules, which count from 1 as `learning_rate`
+        does."""
+        count = self.optimizer_steps + 1
         powers = [beta_power(beta, count) for beta in BETAS]
         state = self.optimizer.state_dict()
         for values in state["state"].values():
@@ -176,19 +163,19 @@ class CerebrasEngine:
             self.schedule.update_last_value()
 
     def run(
-        self, batches: Batches, start: int, stop: int, progress: Callable[[float], None]
+        self, data: TrainData, start: int, stop: int, progress: Callable[[float], None]
     ) -> Iterator[StepStats]:
         if not self.backend.is_e2e_execution:
-            yield from self._execute(batches, start, start + 1)
+            yield from self._execute(data, start, start + 1)
             return
         every = self.config.eval_steps
         while start < stop:
             end = min(stop, (start // every + 1) * every)
-            yield from self._execute(batches, start, end)
+            yield from self._execute(data, start, end)
             start = end
 
-    def _execute(self, batches: Batches, start: int, end: int) -> Iterator[StepStats]:
-        """Steps start to end in one execution of the appliance."""
+    def _execute(self, data: TrainData, start: int, end: int) -> Iterator[StepStats]:
+        """Runs steps start to end in one execution of the appliance."""
         config, arrived, began = self.config, [], time.perf_counter()
         due = [
             step
@@ -198,13 +185,13 @@ class CerebrasEngine:
 
         @cstorch.step_closure
         def absorb(loss: Tensor, norm: Tensor, step: int) -> None:
-            rate, seconds = learning_rate(config, self.updates + 1), time.perf_counter() - began
-            tokens = config.batch_size * config.sequence_length
-            figures, can_save = (step, loss.item(), norm.item()), step in due
-            counted = bool(np.isfinite(figures).all())
-            stats = StepStats(*figures, rate, tokens, seconds, counted, can_save)
-            self.updates += counted
-            arrived.append(stats)
+            rate, seconds = learning_rate(config, self.optimizer_steps + 1), time.perf_counter()
+            self.tokens += config.batch_size * config.sequence_length
+            figures = (loss.item(), norm.item(), rate, seconds - began, self.tokens)
+            applied = bool(np.isfinite(figures[:2]).all())
+            self.optimizer_steps += applied
+            offsets = data.offsets(step - 1)
+            arrived.append(StepStats(step, *figures, offsets, applied, step in due))
 
         @cstorch.checkpoint_closure
         def save(step: int) -> None:
@@ -221,11 +208,11 @@ class CerebrasEngine:
                     raise
             # here the file is closed, as nothing holds the error; HDF5 would crash at the end
             atexit.register(os._exit, 1)
-            raise unwritten(self.saved, reason[1])
+            raise write_error(self.saved, reason[1])
 
         schedule = cstorch.utils.data.utils.Schedule
         executor = cstorch.utils.data.DataExecutor(
-            self._loader(batches, range(start, end)),
+            self._loader(partial(read_step, data), range(start, end)),
             num_steps=end - start,
             checkpoint_steps=schedule(
                 [schedule.Range(step - start - 1, step - start, 1, False) for step in due]
@@ -262,22 +249,25 @@ class CerebrasEngine:
         self.optimizer.zero_grad()
         return loss, norm
 
-    def _loader(self, batches: Batches, steps: range) -> cstorch.utils.data.DataLoader:
+    def _loader(self, get: Callable, steps: range) -> cstorch.utils.data.DataLoader:
         # the wafer has no 64-bit integers, PyTorch's cross-entropy takes no other
         dtype = torch.int32 if self.backend.is_csx else torch.int64
         size = self.config.batch_size
-        return cstorch.utils.data.DataLoader(read_batches, batches, steps, size, dtype)
+        return cstorch.utils.data.DataLoader(read_batches, get, steps, size, dtype)
 
-    def evaluate(self, batches: Batches, progress: Callable = iter) -> tuple[float, int]:
+    def evaluate(
+        self, data: EvalData, sequences: int, watch: Callable[[Iterable], Iterable] = iter
+    ) -> tuple[float, int]:
         if not self.backend.is_e2e_execution:
             raise UserError("cluster.validate_only and cluster.compile_only are for train.py")
-        source = batches(0, 1)
-        tokens = sum(int((source[i][1] != IGNORE).sum()) for i in range(len(source)))
-        return self._evaluate(batches, progress), tokens
+        steps = range(-(-len(data) // self.config.batch_size))
+        get = partial(read_sequences, data, self.config.batch_size)
+        tokens = sum(int((get(step).targets != IGNORE).sum()) for step in steps)
+        return self._evaluate(get, steps, watch), tokens
 
-    def _evaluate(self, batches: Batches, progress: Callable = iter) -> float:
+    def _evaluate(self, get: Callable, steps: range, watch: Callable = iter) -> float:
         """The sum of the losses, in one execution of the appliance."""
-        total, steps = 0.0, range(len(batches(0, 1)))
+        total = 0.0
 
         @cstorch.step_closure
         def absorb(loss: Tensor) -> None:
@@ -289,9 +279,9 @@ class CerebrasEngine:
         def losses(ids: Tensor, targets: Tensor) -> Tensor:
             return self.compiled(ids, targets)
 
-        loader = self._loader(batches, steps)
+        loader = self._loader(get, steps)
         executor = cstorch.utils.data.DataExecutor(loader, num_steps=len(steps))
-        watched = iter(progress(steps))
+        watched = iter(watch(steps))
         self.model.eval()
         # to the end, whatever is watched: leaving an execution shuts the appliance down
         for ids, targets in answering(executor):
@@ -302,17 +292,17 @@ class CerebrasEngine:
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         with cstorch.storage.serializers.cache_deferred_tensors(False):
-            saved = cstorch.load(self.saved)
-        numbers, moments = self._numbers(), saved["optimizer"]["state"]
-        for unit, module in self.model.units().items():
-            names = [name for name, _ in module.named_parameters(unit)]
-            yield unit, {name: read_deferred(saved["model"][name]) for name in names}
-            for moment in MOMENTS:
-                yield (
-                    f"{moment}.{unit}",
-                    {f"{moment}.{n}": read_deferred(moments[numbers[n]][moment]) for n in names},
-                )
+            self.loaded = cstorch.load(self.saved)
+        yield from super().state()
         self.saved.unlink()
+
+    def get(self, layer: str, kind: str) -> dict[str, Tensor]:
+        if kind == "":
+            tensors = {name: self.loaded["model"][name] for name in self.layers[layer]}
+        else:
+            numbers, moments = self._numbers(), self.loaded["optimizer"]["state"]
+            tensors = {n: moments[numbers[n]][kind.removesuffix(".")] for n in self.layers[layer]}
+        return {name: read_deferred(tensor) for name, tensor in tensors.items()}
 
     def close(self) -> None:
         self.model = self.compiled = self.optimizer = None
@@ -391,13 +381,31 @@ def answering(executor: cstorch.utils.data.DataExecutor) -> Iterator:
         raise UserError(f"cluster: {text}") from error
 
 
+def read_step(data: TrainData, step: int) -> Batch:
+    return data.get(step)
+
+
+def read_sequences(data: EvalData, count: int, step: int) -> Batch:
+    return data.get(step * count, count)
+
+
+class Steps(torch.utils.data.Dataset):
+    """Batches by step, as a data loader of PyTorch asks for them."""
+
+    def __init__(self, get: Callable[[int], Batch]):
+        self.get = get
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.get(step)
+
+
 def read_batches(
-    batches: Batches, steps: range, batch_size: int, dtype: torch.dtype
+    get: Callable[[int], Batch], steps: range, batch_size: int, dtype: torch.dtype
 ) -> torch.utils.data.DataLoader:
     """The batches of `steps`: all of each, or on an input worker of the appliance its part. The
-    workers of a system take steps in turn, and each system a part of the rows. What a batch lacks
-    to batch_size is filled with targets that do not count."""
-    source, distributed = batches(0, 1), cstorch.distributed
+    workers of a system take steps in turn, and each system a part of the rows. A batch is padded to
+    batch_size with targets that do not count."""
+    distributed = cstorch.distributed
     rows, mine = slice(0, batch_size), steps
     if distributed.is_streamer():
         workers = distributed.service_resolver().cluster_spec
@@ -410,20 +418,19 @@ def read_batches(
         # the package wants at least one
         mine = steps[me.local_rank :: workers.num_workers_per_csx] or steps[-1:]
 
-    def convert(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
-        padded = (
-            np.pad(array, ((0, batch_size - len(array)), (0, 0)), constant_values=filler)
-            for array, filler in zip(batch, (0, IGNORE), strict=True)
-        )
-        return tuple(torch.from_numpy(array[rows]).to(dtype) for array in padded)
+    def convert(batch: Batch) -> tuple[Tensor, Tensor]:
+        missing = ((0, batch_size - len(batch.ids)), (0, 0))
+        ids = np.pad(batch.ids, missing)
+        targets = np.pad(batch.targets, missing, constant_values=IGNORE)
+        return tuple(torch.from_numpy(array[rows]).to(dtype) for array in (ids, targets))
 
-    return torch.utils.data.DataLoader(source, None, sampler=mine, collate_fn=convert)
+    return torch.utils.data.DataLoader(Steps(get), None, sampler=mine, collate_fn=convert)
 
 
-def unwritten(path: Path, reason: str) -> UserError:
+def write_error(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} could not be written ({reason}); free some space: the checkpoints in the folder "
-        f"above are whole, and --checkpoint_path latest goes on from the newest"
+        f"{path} could not be written ({reason}); free some space and resume with "
+        f"--checkpoint_path latest: earlier checkpoints are complete"
     )
 
 

@@ -29,22 +29,21 @@ def learning_rate(config: Configuration, step: int) -> float:
 
 
 def decay_steps(config: Configuration) -> int:
-    """Steps of the cosine: what was asked for, or all after the warm-up."""
+    """Steps of the cosine: as configured, or all after the warm-up."""
     return config.decay_steps or max(1, config.num_steps - config.warmup_steps)
 
 
-def counts(loss, norm, limits: tuple[float, float]):
-    """Whether a step may change the weights, for numbers and for tensors: loss and norm are not
-    above the limits, as NaN and infinity always are."""
+def is_applied(loss, norm, limits: tuple[float, float]):
+    """Whether the update of a step is applied, for numbers and for tensors: loss and norm are
+    within the limits, as NaN and infinity never are."""
     return (loss <= limits[0]) & (norm <= limits[1])
 
 
 def spike_limits(recent: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The highest loss and gradient norm that are no spike: SPIKE_DEVIATIONS standard deviations
-    above the mean of the SPIKE_STEPS steps before, spikes among them, so that a lasting change is
-    soon none; the largest number there is before SPIKE_LEAST steps. These numbers are those of
-    OLMo's SkipStepOptimizer (github.com/allenai/OLMo-core), which also leaves out what is as far
-    below the mean."""
+    above the mean of the SPIKE_STEPS steps before, spikes included, so that a lasting change is
+    soon no spike; no limit before SPIKE_LEAST steps. The numbers are those of OLMo's
+    SkipStepOptimizer (github.com/allenai/OLMo-core), which also skips what is as far below."""
     if len(recent) < SPIKE_LEAST:
         return sys.float_info.max, sys.float_info.max
     values = np.array(recent)
@@ -58,8 +57,8 @@ def clip_factor(config: Configuration, norm: Tensor) -> Tensor:
 
 
 def square_sum(tensors: list[Tensor]) -> Tensor:
-    """Of all numbers, fp64. On a CPU from norms of 1,024 at a time: in one piece its fp32 norm of
-    38 million numbers was 0.3% too small (docs/log.md)."""
+    """The sum of the squares of all numbers, fp64. On a CPU from norms of 1,024 at a time: its fp32
+    norm of 38 million numbers in one piece was 0.3% too small."""
     if tensors[0].is_cuda:
         return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
     sums = []
@@ -84,56 +83,44 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
     ]
 
 
-@torch.no_grad()
-def adamw_step(
-    config: Configuration,
-    rate: float,
-    number: int,
-    weight_decay: float,
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    skip: Tensor | None = None,
-) -> None:
-    """PyTorch's fused AdamW, in place, fp32. number: of updates, this one included; skip: if it is
-    1, nothing changes, which only the device has to know. Its function and not its class, which
-    imports torch.compile's front end, a second of every start."""
-    before = torch.full((len(weights),), number - 1.0, device=weights[0].device)
-    adamw(
-        *(weights, gradients, exp_avgs, exp_avg_sqs, [], list(before.unbind())),
-        fused=True,
-        found_inf=skip,
-        amsgrad=False,
-        beta1=BETAS[0],
-        beta2=BETAS[1],
-        lr=rate,
-        weight_decay=weight_decay,
-        eps=config.adam_epsilon,
-        maximize=False,
-    )
+def make_optimizer(config: Configuration, parameters: Iterable[Tensor]) -> torch.optim.AdamW:
+    """AdamW with its weight decay on matrices and embeddings."""
+    groups = parameter_groups(parameters, config.weight_decay)
+    options = {"betas": BETAS, "eps": config.adam_epsilon, "fused": True}
+    return torch.optim.AdamW(groups, lr=config.learning_rate, **options)
 
 
 @dataclass
 class Update:
-    """One AdamW step, for state that comes in pieces."""
+    """One AdamW step, for state that is updated piece by piece."""
 
     config: Configuration
     learning_rate: float
     clip: float  # factor for the gradient
-    number: int  # of updates, this one included
+    number: int  # of optimizer steps, this one included
 
     @torch.no_grad()
     def apply(self, state: Tensor, decaying: int) -> None:
         """state: (weight, first moment, second moment, gradient) × numbers, fp32, changed in place;
-        weight decay is for the numbers before `decaying`."""
+        weight decay applies to the numbers before `decaying`."""
         if self.clip < 1.0:
             state[3].mul_(self.clip)
         decaying = max(0, min(decaying, state.shape[1]))
-        for piece, weight_decay in (
+        pieces = (
             (state[:, :decaying], self.config.weight_decay),
             (state[:, decaying:], 0.0),
-        ):
+        )
+        for piece, weight_decay in pieces:
             weight, exp_avg, exp_avg_sq, gradient = ([row] for row in piece)
-            step = (self.learning_rate, self.number, weight_decay)
-            adamw_step(self.config, *step, weight, gradient, exp_avg, exp_avg_sq)
+            adamw(
+                *(weight, gradient, exp_avg, exp_avg_sq, []),
+                [torch.tensor(self.number - 1.0, device=state.device)],
+                fused=True,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=self.learning_rate,
+                weight_decay=weight_decay,
+                eps=self.config.adam_epsilon,
+                maximize=False,
+            )

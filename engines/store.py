@@ -1,18 +1,17 @@
-"""Where the streaming engine keeps its state: in host RAM or in files, a chunk at a time.
+"""The parameter store of the streaming engine: in host RAM or in files, a chunk at a time.
 
-Each unit of the model has four fp32 arrays, the kinds: weight, first moment, second moment,
-gradient. They are cut into chunks of CHUNK numbers; a chunk holds its numbers of every kind, one
-after the other, so any neighbouring kinds move in one piece.
+Each layer of the model has four fp32 arrays, the kinds: weight, exp_avg, exp_avg_sq, gradient. They
+are cut into chunks of CHUNK numbers; a chunk has its numbers of every kind, one after the other, so
+any neighbouring kinds move in one piece.
 """
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,7 +20,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from errors import UserError
+from runtime.console import UserError
+from runtime.files import locked
 
 CHUNK = 4 * 2**20  # numbers of a kind that move at a time: 16 MB, 64 MB of all four
 BUFFERS = 6  # chunks that are on their way from or to the disk at a time
@@ -38,9 +38,9 @@ def padded(count: int) -> int:
 
 @dataclass
 class Chunk:
-    """Numbers of a unit in host memory: `data` is (kinds, count), some neighbouring kinds."""
+    """Numbers of a layer in host memory: `data` is (kinds, count), some neighbouring kinds."""
 
-    unit: str
+    layer: str
     index: int
     kinds: slice
     data: Tensor
@@ -48,24 +48,24 @@ class Chunk:
 
 
 class Store:
-    """What both stores share: chunks that are given back are written behind the caller's back.
+    """What both stores share: chunks that are given back are written by other threads.
 
-    sizes: numbers of each unit, padded.
+    sizes: numbers of each layer, padded.
     """
 
     def __init__(self, sizes: dict[str, int]):
         self.sizes = sizes
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
         self.written: dict[str, list[Future]] = defaultdict(list)
-        self.lock = Lock()  # of `written`, which the engine's threads share
+        self.mutex = Lock()  # of `written`, which the engine's threads share
 
-    def spans(self, unit: str) -> list[tuple[int, int]]:
-        """(begin, end) of each chunk of a unit."""
-        size = self.sizes[unit]
+    def spans(self, layer: str) -> list[tuple[int, int]]:
+        """(begin, end) of each chunk of a layer."""
+        size = self.sizes[layer]
         return [(begin, min(begin + CHUNK, size)) for begin in range(0, size, CHUNK)]
 
-    def room(self, unit: str, index: int, kinds: slice) -> Chunk:
-        """A chunk to be filled; waits until there is a buffer."""
+    def buffer(self, layer: str, index: int, kinds: slice) -> Chunk:
+        """A chunk to be filled; waits until a buffer is free."""
         raise NotImplementedError
 
     def _read(self, chunk: Chunk) -> Chunk:
@@ -78,9 +78,9 @@ class Store:
     def _free(self, chunk: Chunk) -> None:
         """Takes back the buffer."""
 
-    def read(self, unit: str, index: int, kinds: slice) -> "Future[Chunk]":
-        """A chunk as it was written last, soon; `settle` comes first."""
-        chunk = self.room(unit, index, kinds)
+    def read(self, layer: str, index: int, kinds: slice) -> "Future[Chunk]":
+        """A chunk as it was written last, soon; `wait` comes first."""
+        chunk = self.buffer(layer, index, kinds)
 
         def fill() -> Chunk:
             try:
@@ -103,18 +103,18 @@ class Store:
             finally:
                 self._free(chunk)
 
-        with self.lock:
-            self.written[chunk.unit].append(self.threads.submit(finish))
+        with self.mutex:
+            self.written[chunk.layer].append(self.threads.submit(finish))
 
-    def settle(self, unit: str) -> None:
-        """Waits until all that was given back of a unit is written; raises what went wrong."""
-        with self.lock:
-            futures = list(self.written[unit])
+    def wait(self, layer: str) -> None:
+        """Waits until all that was given back of a layer is written; raises what went wrong."""
+        with self.mutex:
+            futures = list(self.written[layer])
         for future in futures:
             future.result()
-        with self.lock:  # only now: another thread that settles must wait for them too
-            pending = self.written[unit]
-            self.written[unit] = [future for future in pending if future not in futures]
+        with self.mutex:  # only now: another thread that waits must wait for them too
+            pending = self.written[layer]
+            self.written[layer] = [future for future in pending if future not in futures]
 
     def close(self) -> None:
         self.threads.shutdown(cancel_futures=True)
@@ -127,19 +127,19 @@ class RamStore(Store):
         super().__init__(sizes)
         try:
             self.chunks = {
-                unit: [torch.zeros(kinds, e - b, pin_memory=pin) for b, e in self.spans(unit)]
-                for unit in sizes
+                layer: [torch.zeros(kinds, e - b, pin_memory=pin) for b, e in self.spans(layer)]
+                for layer in sizes
             }
         except RuntimeError as error:  # torch's way to say that there is no memory
             reason = str(error).splitlines()[0]
-            raise UserError(f"host memory: {reason}; take --stream_to disk") from None
+            raise UserError(f"host memory: {reason}; use --stream_to disk") from None
 
-    def room(self, unit: str, index: int, kinds: slice) -> Chunk:
-        return Chunk(unit, index, kinds, self.chunks[unit][index][kinds])
+    def buffer(self, layer: str, index: int, kinds: slice) -> Chunk:
+        return Chunk(layer, index, kinds, self.chunks[layer][index][kinds])
 
 
 class DiskStore(Store):
-    """In a file a unit, below a folder of its own in `parent`, gone when the store is closed.
+    """In one file for each layer, in a folder of its own in `parent`, which is removed at the end.
 
     The files are preallocated, and read and written past the page cache where the file system can.
     What is read must be what was written, by its checksum.
@@ -149,15 +149,15 @@ class DiskStore(Store):
     def __init__(self, sizes: dict[str, int], kinds: int, pin: bool, parent: Path):
         super().__init__(sizes)
         self.kinds, self.files = kinds, {}
-        self.sums: dict[tuple[str, int, int], int] = {}  # by unit, chunk and kind; zeros have 0
+        self.sums: dict[tuple[str, int, int], int] = {}  # by layer, chunk and kind; zeros have 0
         self.free: SimpleQueue[Tensor | None] = SimpleQueue()
         try:
-            self.folder, self.claim = _make_folder(parent)
+            self.folder, self.lock = _make_folder(parent)
         except OSError as error:
-            raise UserError(f"stream_dir {parent}: {error.strerror}; name another") from None
+            raise UserError(f"stream_dir {parent}: {error.strerror}; use another") from None
         try:
-            for unit, size in sizes.items():
-                self.files[unit] = self._create(self.folder / unit, size * kinds * 4)
+            for layer, size in sizes.items():
+                self.files[layer] = self._create(self.folder / layer, size * kinds * 4)
         except OSError as error:
             self.close()
             total = sum(sizes.values()) * kinds * 4 / 1e9
@@ -178,13 +178,13 @@ class DiskStore(Store):
         except OSError:  # not every file system can
             return os.open(path, os.O_RDWR)
 
-    def room(self, unit: str, index: int, kinds: slice) -> Chunk:
-        begin, end = self.spans(unit)[index]
+    def buffer(self, layer: str, index: int, kinds: slice) -> Chunk:
+        begin, end = self.spans(layer)[index]
         buffer, rows = self.free.get(), kinds.stop - kinds.start
         if buffer is None:
             raise RuntimeError("the store was closed")
         data = buffer[: rows * (end - begin)].view(rows, end - begin)
-        return Chunk(unit, index, kinds, data, buffer)
+        return Chunk(layer, index, kinds, data, buffer)
 
     def _free(self, chunk: Chunk) -> None:
         self.free.put(chunk.buffer)
@@ -192,25 +192,25 @@ class DiskStore(Store):
     def _read(self, chunk: Chunk) -> Chunk:
         self._move(os.preadv, chunk, chunk.data)
         for kind, numbers in enumerate(chunk.data, chunk.kinds.start):
-            if checksum(numbers) != self.sums.get((chunk.unit, chunk.index, kind), 0):
+            if checksum(numbers) != self.sums.get((chunk.layer, chunk.index, kind), 0):
                 raise self._lost(chunk, "it does not hold what was written to it")
         return chunk
 
     def _write(self, chunk: Chunk, kinds: slice) -> None:
         for kind, numbers in enumerate(chunk.data[kinds], chunk.kinds.start + kinds.start):
-            self.sums[chunk.unit, chunk.index, kind] = checksum(numbers)
+            self.sums[chunk.layer, chunk.index, kind] = checksum(numbers)
         self._move(os.pwritev, chunk, chunk.data[kinds])
 
     def _move(self, call: Callable, chunk: Chunk, data: Tensor) -> None:
-        file = self.files[chunk.unit]
+        file = self.files[chunk.layer]
         rest = memoryview(data.numpy()).cast("B")
-        # a chunk's place follows from its number: those before it are whole
+        # the chunks before it are complete
         place = (chunk.index * CHUNK * self.kinds + chunk.kinds.start * data.shape[1]) * 4
         try:
             while rest:
-                # a write beyond the end of a file that was cut would fill it up with zeros
-                if os.fstat(file).st_size != self.sizes[chunk.unit] * self.kinds * 4:
-                    raise OSError(0, "its size has changed, something has cut it")
+                # a write beyond the end of a truncated file would fill the gap with zeros
+                if os.fstat(file).st_size != self.sizes[chunk.layer] * self.kinds * 4:
+                    raise OSError(0, "its size has changed")
                 moved = call(file, [rest], place)
                 if moved == 0:
                     raise OSError(0, "nothing can be moved")
@@ -220,19 +220,18 @@ class DiskStore(Store):
 
     def _lost(self, chunk: Chunk, why: str) -> UserError:
         return UserError(
-            f"{self.folder / chunk.unit}: {why}; weights can't be streamed through it, and "
-            f"training stops: the last checkpoint is whole, go on from it with --checkpoint_path "
-            f"latest"
+            f"{self.folder / chunk.layer}: {why}; training stops, as weights can't be streamed "
+            f"through it: resume from the last checkpoint with --checkpoint_path latest"
         )
 
     def close(self) -> None:
         super().close()
         for _ in range(BUFFERS):
-            self.free.put(None)  # for who still waits
+            self.free.put(None)  # for threads that still wait
         for descriptor in self.files.values():
             os.close(descriptor)
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self.claim)
+        self.lock.close()
 
 
 def checksum(numbers: Tensor) -> int:
@@ -244,37 +243,18 @@ def checksum(numbers: Tensor) -> int:
 PREFIX = "gigagpt-store-"
 
 
-def _make_folder(parent: Path) -> tuple[Path, int]:
-    """A folder of this process's own, and the lock that tells others that it lives."""
-    with _locked(parent, wait=True):  # nobody removes a folder between its making and its locking
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        return folder, _lock(folder)
+def _make_folder(parent: Path) -> tuple[Path, ExitStack]:
+    """A folder of this process's own, and the lock that shows others that it is in use."""
+    with locked(parent, wait=True):  # nobody removes a folder before it is locked
+        folder, lock = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent)), ExitStack()
+        lock.enter_context(locked(folder))
+        return folder, lock
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Removes the stores whose process was killed."""
+    """Removes the stores of killed processes."""
     if any(parent.glob(f"{PREFIX}*")):
-        with _locked(parent, wait=True):
+        with locked(parent, wait=True):
             for folder in parent.glob(f"{PREFIX}*"):
-                with suppress(OSError), _locked(folder):
+                with suppress(OSError), locked(folder):
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lock(folder: Path, wait: bool = False) -> int:
-    """Raises BlockingIOError if another has it; the system lets go of it with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-@contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    descriptor = _lock(folder, wait)
-    try:
-        yield
-    finally:
-        os.close(descriptor)

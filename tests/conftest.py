@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from data.prepare import char_tokenizer, from_texts
-from dataset import write_meta
-from errors import command
+from runtime.console import command
+from runtime.tokens import write_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 27  # the letters, space and newline of `text`, an odd number
@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 def cloned(folder: Path) -> Path:
     """The program, in a folder of its own."""
-    for pattern in ("*.py", "engines/*.py", "data/*.py"):
+    for pattern in ("*.py", "engines/*.py", "planner/*.py", "runtime/*.py", "data/*.py"):
         for path in ROOT.glob(pattern):
             (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / path.relative_to(ROOT))

@@ -1,7 +1,7 @@
 """Commands with a fault in them: each runs in a fork of a process that has everything imported,
 with hooks between the program and the operating system.
 
-A hooked call is a point. Points are counted, and at the one that was asked for the fault comes:
+A hooked call is a point. Points are applied, and at the one that was asked for the fault comes:
     kill     the process is killed, before the call, or in the middle of a write
     full     the call fails for want of space, or a write breaks off in the middle
     unread   a read fails
@@ -34,26 +34,26 @@ import safetensors.torch
 import torch
 import torch.utils.tensorboard
 
-import checkpoint
-import engines
+import engines.base
 import engines.resident
 import engines.sharded
 import engines.streaming
 import eval
 import train
-from errors import command
 from model import GPT
+from runtime import checkpoint
+from runtime.console import command
 
 COMMANDS = {"train": train.main, "eval": eval.main}
 IMPORTED_LATE = [
     *("engines.resident", "engines.streaming", "engines.sharded", "torch.utils.tensorboard"),
-    *("matplotlib.figure", "matplotlib.backends.backend_agg", "jsonargparse.typing"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo"),
 ]
 
 
 @dataclass
 class Fault:
-    """What goes wrong in a run. Without a `kind` the points are only counted.
+    """What goes wrong in a run. Without a `kind` the points are only applied.
 
     at: number of the point, from 1; 0: of none
     where: what the path of a file must match for a call to be a point
@@ -208,7 +208,7 @@ def jump(seed: int) -> None:
 
 def spoil(spoiled: dict) -> None:
     """Multiplies what leaves block 1, or its gradient, by a factor, in some steps (from 1)."""
-    current, rate, build = 0, engines.learning_rate, GPT.__init__
+    current, rate, build = 0, engines.base.learning_rate, GPT.__init__
 
     def learning_rate(config: object, step: int) -> float:
         nonlocal current
@@ -227,9 +227,10 @@ def spoil(spoiled: dict) -> None:
 
     def __init__(self: GPT, *arguments: object) -> None:
         build(self, *arguments)
-        self.decoder[1].register_forward_hook(hook)
+        if len(self.decoder) > 1:  # else the planner measures a block
+            self.decoder[1].register_forward_hook(hook)
 
-    engines.learning_rate, GPT.__init__ = learning_rate, __init__
+    engines.base.learning_rate, GPT.__init__ = learning_rate, __init__
 
 
 def forget_rights() -> None:

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 from conftest import ROOT, figures
 from jsonargparse import auto_cli
 
-from checkpoint import Checkpoint, find_checkpoints
+from runtime.checkpoint import Checkpoint, find_checkpoints
 
-FLAGS = ["--checkpoint_path", "latest", "--checkpoint_steps", "20", "--keep", "2"]
+FLAGS = ["--checkpoint_path", "latest", "--checkpoint_steps", "20", "--keep_checkpoints", "2"]
 FLAGS += ["--engine", "resident", "--micro_batch_size", "16"]  # what auto takes can change
 
 

@@ -21,11 +21,12 @@ import yaml
 from conftest import ROOT, VOCABULARY, records, refused, worked
 from safetensors.torch import load_file
 
-from checkpoint import Checkpoint
 from cluster import Cluster
-from dataset import EvalBatches, TrainBatches, write_meta
-from files import read_sealed
+from dataset import EvalData, TrainData
 from model import GPT, GPTConfig
+from runtime.checkpoint import Checkpoint
+from runtime.files import read_sealed
+from runtime.tokens import write_meta
 
 pytestmark = pytest.mark.cerebras
 FIGURES = ("loss", "grad_norm", "learning_rate", "val_loss")
@@ -175,7 +176,11 @@ def test_checkpoints_are_those_of_every_engine(trained, oracle):
     a, b = (Checkpoint(out / "checkpoint_20.mdl") for out in (trained, oracle))
     assert a.tensors == b.tensors
     assert a.files.keys() == b.files.keys()
-    assert (a.step, a.updates, a.train_digest) == (b.step, b.updates, b.train_digest)
+    assert (a.step, a.optimizer_steps, a.train_digest) == (
+        b.step,
+        b.optimizer_steps,
+        b.train_digest,
+    )
     left = [p.suffix for p in trained.glob("cerebras/**/*") if p.is_file()]
     assert set(left) <= {".json"}
 
@@ -210,12 +215,12 @@ def test_steps_that_are_not_finite_change_nothing(small, there, tmp_path):
     flags = ["--engine", "cerebras", "--backend", "CPU", "--init_std", 1e30, "--out_dir", tmp_path]
     done = there("train.py", small.path, *flags)
     refused(done, "stopped at step 10: 10 steps in a row had a loss or gradient that is not finite")
-    assert "not finite: this step changed nothing" in done.stdout
+    assert "not finite: update skipped" in done.stdout
     assert "no checkpoint is the last that is good" in done.stderr
     assert not list(tmp_path.glob("*.mdl"))
     worked(there("train.py", small.path, *flags, "--num_steps", 5))  # the end is saved all the same
     saved = Checkpoint(tmp_path / "checkpoint_5.mdl")
-    assert (saved.step, saved.updates) == (5, 0)
+    assert (saved.step, saved.optimizer_steps) == (5, 0)
     model = drawn({**small.values, "init_std": 1e30})
     assert all(torch.equal(saved.read(name), p) for name, p in model.named_parameters())
 
@@ -224,15 +229,15 @@ def drawn(values: dict) -> GPT:
     """The first weights."""
     shape = {field.name for field in fields(GPTConfig)}
     model = GPT(GPTConfig(**{key: value for key, value in values.items() if key in shape}))
-    for unit in model.units():
-        model.init_unit(unit, 0)
+    for unit in model.layers():
+        model.init_layer(unit, 0)
     return model
 
 
 def stopped(run: subprocess.CompletedProcess, name: str, out: Path) -> int:
     """The step at which a run stopped that got a signal, and saved."""
     assert run.returncode == 0, run.stderr
-    assert f"{name}: going on to the next step that can be saved" in run.stderr
+    assert f"{name}: will save and stop after this step" in run.stderr
     step = int(re.search(r"stopped at step (\d+)", run.stdout)[1])
     assert f"saved {out}/checkpoint_{step}.mdl" in run.stdout
     Checkpoint(out / f"checkpoint_{step}.mdl").verify(0, 1)
@@ -559,11 +564,11 @@ def test_input_workers_stream_the_batches(sent, there, small, systems, workers, 
     streamed, values = json.loads(worked(done).splitlines()[-1]), small.values
     data = (values["dataset"], VOCABULARY, values["sequence_length"], values["batch_size"])
     if split == "val":
-        source = EvalBatches(*data)
-        steps = range(len(source))
+        source, size = EvalData(*data), values["batch_size"]
+        batches = [source.get(first, size) for first in range(0, len(source), size)]
     else:
-        source, steps = TrainBatches(*data, 0), range(3, 9)
-    for place, step in enumerate(steps):
+        batches = [TrainData(*data, 0).get(step) for step in range(3, 9)]
+    for place, batch in enumerate(batches):
         rows = [[], []]
         for system, parts in enumerate(sizes):
             worker = system * workers + place % workers
@@ -571,7 +576,7 @@ def test_input_workers_stream_the_batches(sent, there, small, systems, workers, 
                 block = streamed[worker][place // workers * len(parts) + part]
                 for kind in range(2):
                     rows[kind] += block[kind][:size]  # a block is filled up to the largest
-        for got, expected in zip(rows, source[step], strict=True):
+        for got, expected in zip(rows, (batch.ids, batch.targets), strict=True):
             assert got[: len(expected)] == expected.tolist()
             assert len(got) == values["batch_size"]
             assert all(set(row) in ({0}, {-100}) for row in got[len(expected) :])

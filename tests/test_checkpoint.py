@@ -2,17 +2,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import save_file
 
-import checkpoint
-from checkpoint import Checkpoint, checkpoint_path, find_checkpoints, prune, save
-from errors import UserError
-from files import read_sealed, write_sealed
-from systems import World
+from configuration import Configuration
+from runtime import checkpoint
+from runtime.checkpoint import Checkpoint, checkpoint_path, find_checkpoints, prune, save
+from runtime.console import UserError
+from runtime.distributed import Group
+from runtime.files import read_sealed, write_sealed
 
 
 def state():
@@ -20,7 +21,7 @@ def state():
     yield "norm", {"norm.weight": torch.ones(3), "norm.bias": torch.zeros(3)}
 
 
-PROGRESS = {"step": 5, "updates": 4, "tokens": 9, "train_digest": "", "recent": []}
+PROGRESS = {"step": 5, "optimizer_steps": 4, "tokens": 9, "train_digest": "", "recent": []}
 
 
 def change(path, change):
@@ -30,22 +31,22 @@ def change(path, change):
     write_sealed(path / "manifest.json", manifest)
 
 
-def config(folder):
-    return {"width": 3, "dataset": str(folder / "data")}
+def manifest(step: int = 5) -> dict:
+    return PROGRESS | {"step": step, "config": asdict(Configuration(width=3, heads=1))}
 
 
 def write(out, state):
-    return save(out, state, PROGRESS | {"step": 1}, config(out), None, World())
+    return save(out, state, manifest(1), None, Group())
 
 
 @pytest.fixture
 def saved(tmp_path):
-    return save(tmp_path / "out", state(), PROGRESS, config(tmp_path), None, World(), b"{}")
+    return save(tmp_path / "out", state(), manifest(), None, Group(), b"{}")
 
 
 def test_round_trip(saved):
     opened = Checkpoint(saved)
-    assert (opened.step, opened.updates, opened.config) == (5, 4, config(saved.parents[1]))
+    assert (opened.step, opened.optimizer_steps, opened.config.width) == (5, 4, 3)
     for _, members in state():
         for name, tensor in members.items():
             assert torch.equal(opened.read(name), tensor)
@@ -55,7 +56,7 @@ def test_round_trip(saved):
 def test_a_checkpoint_that_is_there_is_left_alone(saved):
     before = {file: file.stat().st_mtime_ns for file in saved.iterdir()}
     other = iter([("other", {"x": torch.ones(1)})])
-    assert save(saved.parent, other, PROGRESS, {}, None, World()) == saved
+    assert save(saved.parent, other, manifest(), None, Group()) == saved
     assert {file: file.stat().st_mtime_ns for file in saved.iterdir()} == before
 
 
@@ -73,7 +74,7 @@ def test_a_tensor_in_parts(saved, tmp_path):
     ]
     write_sealed(path / "manifest.json", manifest)
     assert torch.equal(Checkpoint(path).read("embedding.weight"), whole)
-    for rows, message in (([2, 4], "not held exactly once"), ([0, 4], "not held exactly once")):
+    for rows, message in (([2, 4], "not stored exactly once"), ([0, 4], "not stored exactly once")):
         entry["parts"][0]["rows"] = rows
         write_sealed(path / "manifest.json", manifest)
         with pytest.raises(UserError, match=message):
@@ -129,17 +130,17 @@ def put_norm(key, value):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (put("step", 6), "it is of step 6, and was given another name"),
-        (put("step", -5), "-5 is not a number of things"),
-        (put("updates", True), "True is not a number of things"),
-        (put("updates", 1e300), "is not a number of things"),
+        (put("step", 6), "it is from step 6, and was renamed"),
+        (put("step", -5), "-5 is not a count"),
+        (put("optimizer_steps", True), "True is not a count"),
+        (put("optimizer_steps", 1e300), "is not a count"),
         (put("files", None), "manifest.json: "),
         (put("tensors", {"x": []}), "manifest.json: "),
         (put("config", {"width": "wide"}), "manifest.json: .*width"),
         (put("recent", [[1, 2, 3]]), "manifest.json: "),
         (put_norm("dtype", "float16"), "norm.weight is of 'float16'"),
         (put_norm("shape", [3, 10**12]), "norm.safetensors is too small for norm.weight"),
-        (put_norm("shape", [3, -1]), "-1 is not a number of things"),
+        (put_norm("shape", [3, -1]), "-1 is not a count"),
         (put_norm("shape", [4]), "rows from 3 of norm.weight are missing"),
         (put_norm("parts", []), "rows from 0 of norm.weight are missing"),
     ],
@@ -152,7 +153,7 @@ def test_manifests_that_lie(saved, how, message):
 
 def test_another_format(saved):
     change(saved, put("format", 1))
-    with pytest.raises(UserError, match="has format 1; this program reads 3"):
+    with pytest.raises(UserError, match="has format 1; this program reads 4"):
         Checkpoint(saved)
 
 
@@ -169,7 +170,7 @@ def test_another_dtype_than_the_manifest_says(saved):
 def test_files_stay_inside(saved, name):
     (saved / "link").symlink_to(saved.parents[1] / "data" / "tokenizer.json")
     change(saved, lambda manifest: manifest["files"].update({name: {"bytes": 2, "sha256": ""}}))
-    with pytest.raises(UserError, match=r"is damaged: file name .* leads out of it"):
+    with pytest.raises(UserError, match=r"is damaged: file name .* is not in the folder"):
         Checkpoint(saved)
 
 
@@ -177,12 +178,12 @@ def test_a_renamed_checkpoint(saved):
     """`latest` would take it for a later one; of another kind of name it is nobody's business."""
     assert Checkpoint(saved.rename(saved.parent / "best")).step == 5
     later = (saved.parent / "best").rename(saved.parent / "checkpoint_9.mdl")
-    with pytest.raises(UserError, match="is damaged: it is of step 5, and was given another name"):
+    with pytest.raises(UserError, match="is damaged: it is from step 5, and was renamed"):
         Checkpoint(later)
 
 
 def test_missing_tensor(saved):
-    with pytest.raises(UserError, match=r"holds no decoder.0.weight: it is of another model"):
+    with pytest.raises(UserError, match=r"has no decoder.0.weight: it belongs to another model"):
         Checkpoint(saved).read("decoder.0.weight")
 
 
@@ -198,7 +199,7 @@ def test_an_error_while_saving_leaves_nothing(tmp_path):
 
 def test_the_manifest_is_written_last_and_the_name_given_after_it(tmp_path, monkeypatch):
     path, synced = checkpoint_path(tmp_path, 1), []
-    sync = checkpoint._sync
+    sync = checkpoint.sync
 
     def watch(path):
         synced.append(path.name)
@@ -210,7 +211,7 @@ def test_the_manifest_is_written_last_and_the_name_given_after_it(tmp_path, monk
             assert not path.exists()
             yield group
 
-    monkeypatch.setattr(checkpoint, "_sync", watch)
+    monkeypatch.setattr(checkpoint, "sync", watch)
     assert write(tmp_path, watched_state()) == path
     files = ["embedding.safetensors", "norm.safetensors", "manifest.json"]
     assert synced == [*files, "checkpoint_1.mdl.writing", tmp_path.name]
@@ -219,36 +220,36 @@ def test_the_manifest_is_written_last_and_the_name_given_after_it(tmp_path, monk
 def test_what_is_not_whole_is_written_anew(saved):
     (saved / "manifest.json").unlink()
     (saved / "norm.safetensors").unlink()
-    save(saved.parent, state(), PROGRESS, config(saved.parents[1]), None, World())
+    save(saved.parent, state(), manifest(), None, Group())
     assert torch.equal(Checkpoint(saved).read("norm.weight"), torch.ones(3))
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
     used = pytest.raises(UserError, match=f"is in use by process {os.getpid()}")
-    with checkpoint.claim(tmp_path, World()), used, checkpoint.claim(tmp_path, World()):
+    with checkpoint.claim(tmp_path, Group()), used, checkpoint.claim(tmp_path, Group()):
         pass
-    with checkpoint.claim(tmp_path, World()):  # what is left of a run that ended is not in the way
+    with checkpoint.claim(tmp_path, Group()):  # what is left of a run that ended is not in the way
         pass
 
 
 def verify(folder):
-    command = [sys.executable, ROOT / "checkpoint.py", "verify", folder]
+    command = [sys.executable, "-m", "runtime.checkpoint", "verify", folder]
     return subprocess.run(command, text=True, capture_output=True)
 
 
 def test_the_command_that_verifies(saved):
     """Every byte of one, or of all in a folder, going on after one that is damaged."""
     done = verify(saved)
-    assert (done.returncode, done.stdout) == (0, f"{saved} is whole: 3 files, 0.000 GB\n")
-    save(saved.parent, state(), PROGRESS | {"step": 7}, config(saved), None, World())
+    assert (done.returncode, done.stdout) == (0, f"{saved} is complete: 3 files, 0.000 GB\n")
+    save(saved.parent, state(), manifest(7), None, Group())
     with open(saved / "tokenizer.json", "w") as file:
         file.write("[]")
     done = verify(saved.parent)
     assert done.returncode == 1
-    assert done.stdout == f"{saved.parent}/checkpoint_7.mdl is whole: 2 files, 0.000 GB\n"
+    assert done.stdout == f"{saved.parent}/checkpoint_7.mdl is complete: 2 files, 0.000 GB\n"
     assert done.stderr == (
         f"error: {saved} is damaged: tokenizer.json was changed (its checksum differs); delete it "
-        f"to go on from the one before\n"
+        f"to resume from the one before\n"
     )
     done = verify(saved.parents[1])
     assert done.stderr.endswith("is not a checkpoint of gigaGPT: it has no manifest.json\n")
@@ -275,14 +276,14 @@ def test_a_checkpoint_on_another_disk(saved):
     """Moved, with a link in its place: pruning takes the link alone."""
     moved = saved.rename(saved.parents[1] / "moved")
     saved.symlink_to(moved)
-    save(saved.parent, state(), PROGRESS | {"step": 7}, config(saved), 1, World())
+    save(saved.parent, state(), manifest(7), 1, Group())
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint_7.mdl"]
     assert torch.equal(Checkpoint(moved).read("norm.weight"), torch.ones(3))
 
 
 def test_prune_keeps_the_newest(saved):
     for step in (10, 9, 100):
-        save(saved.parent, state(), PROGRESS | {"step": step}, config(saved), None, World())
+        save(saved.parent, state(), manifest(step), None, Group())
     prune(saved.parent, None)
     assert len(find_checkpoints(saved.parent)) == 4
     prune(saved.parent, 2)

@@ -13,8 +13,7 @@ from test_sharded import command
 from test_streaming import equal_runs, streaming_config
 from test_train import close, engine_config, refused, train
 
-import engines
-from engines import open_engine
+from engines import base, open_engine
 
 STEPS = 4
 
@@ -22,7 +21,7 @@ STEPS = 4
 @pytest.fixture(autouse=True)
 def loss_in_chunks(monkeypatch):
     """As models of a real size have it."""
-    monkeypatch.setattr(engines, "LOSS_ROWS", {"CPU": 16})
+    monkeypatch.setattr(base, "LOSS_ROWS", {"CPU": 16})
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -32,8 +31,10 @@ def test_compiled_blocks_equal_eager_ones(dataset, tmp_path, dropout):
     expected, _ = train(engine_config(**same), dataset, STEPS)
     compiled = engine_config(**same, compile=True)
     equal_runs(expected, train(compiled, dataset, STEPS)[0])
-    for recompute in (True, False):
-        config = streaming_config(tmp_path, **same, compile=True, recompute=recompute)
+    for activation_checkpointing in (True, False):
+        config = streaming_config(
+            tmp_path, **same, compile=True, activation_checkpointing=activation_checkpointing
+        )
         stats, engine = train(config, dataset, STEPS)
         engine.close()
         equal_runs(expected, stats)
@@ -57,7 +58,7 @@ def test_compiled_shards(config, tmp_path):
     seen = {}
     for name, more in {"eager": [], "compiled": ["--compile", "true"]}.items():
         flags = ["--num_systems", 2, "--out_dir", tmp_path / name, *more]
-        flags += ["--dropout", 0.2, "--recompute", "true"]
+        flags += ["--dropout", 0.2, "--activation_checkpointing", "true"]
         command("train", config.path, *flags)
         seen[name] = records(tmp_path / name)
     for a, b in zip(*seen.values(), strict=True):
@@ -81,7 +82,7 @@ def test_a_signal_while_it_compiles(config, tmp_path, monkeypatch, number, tally
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `make test &` ignores it
     )
-    while not run.stdout.readline().startswith("starting fresh"):
+    while not run.stdout.readline().startswith("starting from random weights"):
         pass
     time.sleep(2)
     (os.kill if number == signal.SIGTERM else os.killpg)(run.pid, number)

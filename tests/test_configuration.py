@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster
-from configuration import NANOGPT, Configuration, parse_configuration, write_configuration
+from configuration import Configuration
 from engines.optimizer import learning_rate
-from errors import UserError
-from machine import parse_bytes
-from plan import count
+from planner.costs import count
+from planner.machine import parse_bytes
+from runtime.arguments import OTHER_NAMES, parse_configuration, write_configuration
+from runtime.console import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = {  # parameters, depth, width, heads, learning rate, sequence length, batch size
@@ -52,8 +53,8 @@ def test_every_configuration_is_listed_and_has_no_placeholder():
         assert "/path/to" not in path.read_text()
 
 
-@pytest.mark.parametrize(("theirs", "ours"), NANOGPT.items())
-def test_names_of_nanogpt_are_answered_with_ours(parse, config, theirs, ours):
+@pytest.mark.parametrize(("theirs", "ours"), OTHER_NAMES.items())
+def test_names_of_nanogpt_and_old_ones_are_answered_with_ours(parse, config, theirs, ours):
     with pytest.raises(UserError, match=f"--{theirs} is not a known key; did you mean {ours}"):
         parse(config.path, f"--{theirs}", "1")
 
@@ -83,18 +84,18 @@ def test_written_configuration_is_a_configuration_again(parse, config, tmp_path)
         (["--batchsize", "8"], "--batchsize is not a known key; did you mean batch_size?"),
         (["--batch", "8"], "--batch is not a known key; did you mean batch_size?"),
         (["--num_step=8"], "--num_step is not a known key; did you mean num_steps?"),
-        (["--batch_size", "many"], "batch_size: .*int.* Got value: many"),
-        (["--batch_size", "1.5"], "batch_size: .*int.* Got value: 1.5"),
+        (["--batch_size", "many"], "batch_size: 'many' should be a valid integer"),
+        (["--batch_size", "1.5"], "batch_size: 1.5 should be a valid integer"),
         (["--bias", "maybe"], "bias: .*maybe"),
-        (["--activation", "relu"], "activation: .*gelu.*relu"),
-        (["--backend", "TPU"], "backend: .*CPU.*TPU"),
+        (["--activation", "relu"], "activation: 'relu' should be 'gelu' or 'gelu_new'"),
+        (["--backend", "TPU"], "backend: 'TPU' should be 'auto', 'CPU', 'GPU' or 'CSX'"),
         (["--heads", "5"], "heads: 5 does not divide width 32"),
         (["--sequence_length", "33"], "sequence_length: 33 is above max_position_embeddings 32"),
-        (["--batch_size", "0"], "batch_size: 0 is not a positive number"),
-        (["--learning_rate", ".nan"], "learning_rate: nan is not a positive number"),
+        (["--batch_size", "0"], "batch_size: 0 should be greater than 0"),
+        (["--learning_rate", ".nan"], "learning_rate: nan should be a finite number"),
         (["--init_std", "-1"], "init_std: -1.0 is negative"),
-        (["--seed", "5000000000"], "seed: 5000000000 is not below"),
-        (["--warmup_steps", "-1"], "warmup_steps: -1 is negative"),
+        (["--seed", "5000000000"], "seed: 5000000000 should be less than 4294967296"),
+        (["--warmup_steps", "-1"], "warmup_steps: -1 should be greater than or equal to 0"),
         (["stray"], "stray"),
     ],
 )
@@ -110,7 +111,7 @@ def test_wrong_arguments(parse, config, arguments, message):
         ("width: [1", "is not YAML"),
         ("just words", "is not a configuration"),
         ("", "is not a configuration"),
-        ("width: wide", "width: .*int.*wide"),
+        ("width: wide", "width: 'wide' should be a valid integer"),
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
@@ -195,11 +196,15 @@ def test_the_cluster_defaults_to_nothing():
         ("", ["--cluster.mgmt", "a:1"], "--cluster.mgmt is not a known key; did you mean cluster"),
         ("", ["--mount_dirs", "/x"], "--mount_dirs is not a known key; did you mean cluster.mount"),
         ("", ["--cluster.job_time_sec", "soon"], "cluster.job_time_sec: "),
-        ("", ["--cluster.max_wgt_servers", "-5"], "cluster.max_wgt_servers: -5 is not a positive"),
+        (
+            "",
+            ["--cluster.max_wgt_servers", "-5"],
+            "cluster.max_wgt_servers: -5 should be greater than 0",
+        ),
         (
             "cluster: {validate_only: true, compile_only: true}",
             [],
-            "cluster.validate_only and cluster.compile_only: take one of them",
+            "cluster.validate_only and cluster.compile_only: use one of them",
         ),
         (
             "cluster: {address: a}",

@@ -13,11 +13,10 @@ from conftest import ROOT, VOCABULARY, records, write_dataset
 from safetensors.torch import load_file, save_file
 from test_train import refused
 
-from checkpoint import MODEL_CODE, Checkpoint, model_code
-from export import load_model, load_tokenizer
-from files import read_sealed, write_sealed
 from model import GPT, Block, GPTConfig, LayerNorm
-from resume import model_config
+from runtime.checkpoint import MODEL_CODE, Checkpoint, model_code
+from runtime.files import read_sealed, write_sealed
+from runtime.huggingface import load_model, load_tokenizer
 
 SHAPES = {
     "small": {"width": 32, "depth": 2, "heads": 2},
@@ -35,7 +34,7 @@ def trained(request, run, config) -> Path:
 
 
 def our_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    shape = {k: checkpoint.config[k] for k in GPTConfig.__dataclass_fields__}
+    shape = {k: getattr(checkpoint.config, k) for k in GPTConfig.__dataclass_fields__}
     model = GPT(GPTConfig(**shape)).eval()
     model.load_state_dict({name: checkpoint.read(name) for name in model.state_dict()})
     with torch.no_grad():
@@ -50,7 +49,7 @@ def test_exported_model_is_the_same(run, trained, tmp_path):
     theirs, report = GPT2LMHeadModel.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     checkpoint = Checkpoint(trained)
-    assert theirs.config.activation_function == checkpoint.config["activation"]
+    assert theirs.config.activation_function == checkpoint.config.activation
     ids = torch.randint(VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(0))
     expected = our_logits(checkpoint, ids)
     assert expected.abs().max() > 0.1
@@ -69,10 +68,10 @@ def test_there_and_back(run, trained, config, tmp_path):
         *("--learning_rate", 1e-30, "--warmup_steps", 0, "--weight_decay", 0),
     )
     assert seen.status == 0, seen.err
-    assert f"started from the weights of {out}" in seen.out
+    assert f"starting from the weights of {out}" in seen.out
     a, b = (Checkpoint(path) for path in (trained, back / "checkpoint_1.mdl"))
     for key in ("width", "depth", "heads", "activation"):
-        assert a.config[key] == b.config[key]
+        assert getattr(a.config, key) == getattr(b.config, key)
     for name in a.tensors:
         if not name.startswith("exp_avg"):
             assert torch.equal(a.read(name), b.read(name)), name
@@ -93,8 +92,8 @@ def test_init_from_weights_of_transformers(run, config, tmp_path):
     )
     assert seen.status == 0, seen.err
     checkpoint = Checkpoint(config.out / "checkpoint_1.mdl")
-    assert checkpoint.config["activation"] == "gelu_new"
-    assert checkpoint.config["max_position_embeddings"] == 40
+    assert checkpoint.config.activation == "gelu_new"
+    assert checkpoint.config.max_position_embeddings == 40
     ids = torch.randint(VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
     assert (our_logits(checkpoint, ids) - theirs(ids).logits).abs().max() < 1e-4
 
@@ -104,10 +103,10 @@ def test_what_is_not_a_gpt2_is_refused(run, config, tmp_path):
 
     LlamaConfig().save_pretrained(tmp_path / "llama")
     seen = run("train", config.path, "--init_from", tmp_path / "llama")
-    refused(seen, "this model can't be it, as its model_type is llama")
+    refused(seen, "its model_type is llama, which model.py can't compute")
     GPT2Config(n_inner=100).save_pretrained(tmp_path / "inner")
     seen = run("train", config.path, "--init_from", tmp_path / "inner")
-    refused(seen, "this model can't be it, as its n_inner is 100")
+    refused(seen, "its n_inner is 100, which model.py can't compute")
 
 
 def test_export_without_biases(run, config, tmp_path):
@@ -149,8 +148,10 @@ def test_eval_takes_the_model_from_the_checkpoint(run, config):
 
 
 def test_eval_refusals(run, config, tmp_path):
-    refused(run("eval", config.path), "which checkpoint? add --checkpoint_path")
-    refused(run("eval", config.path, "--checkpoint_path", "latest"), "which checkpoint?")
+    refused(run("eval", config.path), "--checkpoint_path is required")
+    refused(
+        run("eval", config.path, "--checkpoint_path", "latest"), "--checkpoint_path is required"
+    )
     refused(run("eval", config.path, "--checkpoint_path", tmp_path), "is not a checkpoint")
     run("train", config.path, "--num_steps", 3)
     flags = ["--checkpoint_path", "latest", "--dataset", tmp_path / "nothing"]
@@ -179,7 +180,7 @@ def test_sample_follows_the_model(run, config):
     flags = ["--checkpoint_path", checkpoint.path, "--prompt", "ab", "--temperature", 0]
     written = run("sample", *flags, "--max_new_tokens", 20).out[:-1]
     ids = torch.arange(20)[None]
-    model = load_model(checkpoint, model_config(checkpoint), "cpu", torch.float32)
+    model = load_model(checkpoint, checkpoint.check_model(), "cpu", torch.float32)
     assert (model(ids).logits - our_logits(checkpoint, ids)).abs().max() < 1e-4
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer("ab", return_tensors="pt")["input_ids"]
@@ -225,7 +226,7 @@ def test_a_checkpoint_of_another_shape(run, config):
         manifest["tensors"][name] |= {"shape": [1], "parts": [{"file": file.name, "rows": [0, 1]}]}
     write_sealed(path / "manifest.json", manifest)
     seen = run("train", config.path, "--checkpoint_path", "latest")
-    refused(seen, "norm.weight has shape [1], its configuration's is [32]: it is of another")
+    refused(seen, "norm.weight has shape [1], the model in model.py [32]")
 
 
 def test_init_from_weights_that_lack_some(run, config, tmp_path):
@@ -246,7 +247,7 @@ def test_a_requeued_job_with_init_from_goes_on(run, trained, config, tmp_path):
     run("export", "--checkpoint_path", trained, "--out", tmp_path / "exported")
     flags = ["--init_from", tmp_path / "exported", "--checkpoint_path", "latest"]
     flags += ["--out_dir", tmp_path / "requeued", "--depth", 1]
-    assert "started from" in run("train", config.path, *flags, "--num_steps", 3).out
+    assert "starting from" in run("train", config.path, *flags, "--num_steps", 3).out
     seen = run("train", config.path, *flags)
     assert seen.status == 0, seen.err
     assert "at step 3" in seen.out
@@ -263,8 +264,8 @@ def rms_norm(self: LayerNorm, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("part", "forward", "more", "where"),
     [
-        (Block, parallel, [], "decoder.0 of model.py computes something else than transformers'"),
-        (LayerNorm, rms_norm, ["--bias", "false"], "decoder.0 of model.py computes something else"),
+        (Block, parallel, [], "decoder.0 of model.py differs from transformers'"),
+        (LayerNorm, rms_norm, ["--bias", "false"], "decoder.0 of model.py differs"),
     ],
 )
 def test_a_changed_model(run, config, monkeypatch, tmp_path, part, forward, more, where):
@@ -276,7 +277,7 @@ def test_a_changed_model(run, config, monkeypatch, tmp_path, part, forward, more
     assert not (tmp_path / "exported").exists()
     flags = ["--checkpoint_path", path, "--prompt", "ab", "--max_new_tokens", 40]
     seen = run("sample", *flags, "--temperature", 0)
-    assert f"note: {where}" in seen.err and "generating with model.py" in seen.err
+    assert f"warning: {where}" in seen.err and "generating with model.py" in seen.err
     checkpoint = Checkpoint(path)
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer("ab", return_tensors="pt")["input_ids"]
@@ -316,14 +317,14 @@ def test_a_wider_mlp_and_another_parameter_are_no_gpt2(run, config, monkeypatch,
 def test_other_model_code_is_said(run, config, monkeypatch, tmp_path):
     run("train", config.path, "--num_steps", 3)
     commands = [
-        ("train", config.path, "--checkpoint_path", "latest", "--num_steps", 4),
         ("eval", config.path, "--checkpoint_path", "latest"),
         ("sample", "--checkpoint_path", config.out, "--prompt", "a", "--max_new_tokens", 1),
         ("export", "--checkpoint_path", config.out, "--out", tmp_path / "exported"),
+        ("train", config.path, "--checkpoint_path", "latest", "--num_steps", 4),
     ]
-    note = "note: model.py or loss.py has changed since"
-    assert note not in run(*commands[1]).err
-    monkeypatch.setattr("resume.MODEL_CODE", "another")
+    note = "warning: model.py or loss.py has changed since"
+    assert note not in run(*commands[0]).err
+    monkeypatch.setattr("runtime.checkpoint.MODEL_CODE", "another")
     for command in commands:
         assert run(*command).err.count(note) == 1, command
 
@@ -350,7 +351,7 @@ def test_init_from_another_tokenizer(run, trained, config, tmp_path):
     (tmp_path / "exported" / "tokenizer.json").unlink()
     seen = run("train", config.path, *flags, "--dataset", other, "--num_steps", 1)
     assert seen.status == 0
-    assert "exported has no tokenizer: make sure that both have the same" in seen.err
+    assert "exported has no tokenizer: make sure that both use the same" in seen.err
 
 
 def test_init_from_several_files_in_half_precision(run, trained, config, tmp_path):
@@ -372,9 +373,9 @@ def test_init_from_several_files_in_half_precision(run, trained, config, tmp_pat
 
 def test_too_large_to_sample(run, config, monkeypatch):
     run("train", config.path, "--num_steps", 3)
-    monkeypatch.setattr("export.host_memory", lambda: 100_000)
+    monkeypatch.setattr("runtime.huggingface.host_memory", lambda: 100_000)
     seen = run("sample", "--checkpoint_path", config.out, "--prompt", "a")
-    refused(seen, "checkpoint_3.mdl does not fit: its model takes 0.0 GB of memory, and there are")
+    refused(seen, "checkpoint_3.mdl does not fit: its model needs 0.0 GB of memory")
 
 
 def test_eval_that_is_not_finite_is_json(run, config):
@@ -404,7 +405,7 @@ def damage_tensor(path: Path, name: str, change) -> None:
         (["--seed", "-1"], "seed: -1 is not from 0"),
         (
             ["--checkpoint_path", "latest", "--out_dir", "nowhere"],
-            "nowhere has no checkpoint; name",
+            "nowhere has no checkpoint; use the",
         ),
     ],
 )

@@ -23,9 +23,9 @@ import yaml
 from conftest import ROOT, VOCABULARY, figures, text, write_dataset
 from faults import Fault, Forks
 
-from checkpoint import Checkpoint, find_checkpoints
 from engines.store import PREFIX
-from files import read_sealed
+from runtime.checkpoint import Checkpoint, find_checkpoints
+from runtime.files import read_sealed
 
 ENGINES = {
     "resident": ["--engine", "resident"],
@@ -76,7 +76,7 @@ class Runs:
             **{"max_position_embeddings": 32, "sequence_length": 32, "batch_size": 4},
             **{"dataset": str(folder / "words"), "backend": "CPU", "learning_rate": 1e-2},
             **{"warmup_steps": 2, "decay_steps": 50, "num_steps": 4, "checkpoint_steps": 2},
-            **{"eval_steps": 4, "keep": 1, "out_dir": str(folder / "before")},
+            **{"eval_steps": 4, "keep_checkpoints": 1, "out_dir": str(folder / "before")},
         }
         self.config = folder / "small.yaml"
         self.config.write_text(yaml.safe_dump(values))
@@ -205,7 +205,16 @@ def test_killed_at_random_moments(runs, engine, source, request, tally):
     runs = runs(engine)
     kills = request.config.getoption("--faults") or 25
     steps = 40 * max(1, kills // 10)
-    flags = ["--num_steps", steps, "--checkpoint_steps", 2, "--eval_steps", 10, "--keep", 2]
+    flags = [
+        "--num_steps",
+        steps,
+        "--checkpoint_steps",
+        2,
+        "--eval_steps",
+        10,
+        "--keep_checkpoints",
+        2,
+    ]
     whole, out, done = runs.copy(), runs.copy(), 0
     began = time.monotonic()
     runs.worked(runs.train(whole, *LATEST, *flags))
@@ -336,7 +345,7 @@ def test_sigterm_in_an_evaluation(runs, engine, tally):
     runs = runs(engine)
     out = runs.copy()
     seen = runs.worked(runs.train(out, *LATEST, fault=Fault("stop", 3, "val.bin", True)))
-    assert "SIGTERM: going on" in seen.err and "val_loss" not in seen.out
+    assert "SIGTERM: will save" in seen.err and "val_loss" not in seen.out
     runs.worked(runs.train(out, *LATEST))
     assert figures(out) == runs.expected
     tally("SIGTERM in an evaluation", engine, 1, "equal losses")
@@ -362,7 +371,7 @@ def test_a_damaged_file_of_a_checkpoint(runs, engine, damage, some, tally):
     """It is refused by name; without that checkpoint the one before goes on to the same numbers."""
     runs = runs(engine)
     whole = runs.copy()
-    runs.worked(runs.train(whole, *LATEST, "--keep", 5))
+    runs.worked(runs.train(whole, *LATEST, "--keep_checkpoints", 5))
 
     def try_file(name: str) -> None:
         out = whole.with_name(f"{whole.name}_{name}")
@@ -372,10 +381,10 @@ def test_a_damaged_file_of_a_checkpoint(runs, engine, damage, some, tally):
             seen = runs.train(out, *LATEST, "--num_steps", 6)
             told_in_a_line(seen)
             assert "checkpoint_4.mdl is damaged: " in seen.err and name in seen.err
-            changed = "delete it to go on from the one before"
+            changed = "delete it to resume from the one before"
             assert (changed in seen.err) == ("checksum differs" in seen.err)
             shutil.rmtree(out / "checkpoint_4.mdl")
-        runs.worked(runs.train(out, *LATEST, "--keep", 5))
+        runs.worked(runs.train(out, *LATEST, "--keep_checkpoints", 5))
         assert figures(out)[-3:] == runs.expected[-3:]
         shutil.rmtree(out)
 
@@ -394,8 +403,8 @@ def test_a_damaged_file_of_a_dataset(runs, damage, tally):
         DAMAGES[damage](broken / name)
         seen = runs.train(out, *LATEST, "--dataset", broken)
         if name == "val.bin" and damage == "with a flipped bit":  # seen when it is read
-            assert "note: the evaluation after step 4 failed" in seen.out
-            assert "val.bin was changed" in seen.out
+            assert "warning: evaluation after step 4 failed" in seen.err
+            assert "val.bin was changed" in seen.err
         else:
             told_in_a_line(seen)
             assert f"broken/{name}" in seen.err or "broken/meta.json" in seen.err
@@ -423,7 +432,7 @@ def test_a_damaged_file_of_the_store(runs, damage, source, tally):
             assert figures(out) == figures(undisturbed)
             return False
         told_in_a_line(seen)
-        assert "the last checkpoint is whole, go on from it" in seen.err
+        assert "resume from the last checkpoint" in seen.err
         return True
 
     if damage in ("renamed", "deleted"):
@@ -460,7 +469,7 @@ def test_two_runs_in_one_folder(runs, tally):
         time.sleep(0.02)
     seen = runs.train(out, *LATEST)
     told_in_a_line(seen)
-    assert f"{out} is in use by process {process.pid}; take another --out_dir" in seen.err
+    assert f"{out} is in use by process {process.pid}; use another --out_dir" in seen.err
     process.kill()
     runs.forks.end(process)
     assert (out / "lock").is_file()
@@ -491,19 +500,28 @@ def test_numbers_that_are_not_finite(runs, what, factor, tally):
     for engine in ENGINES:
         there = runs(engine)
         out = there.folder / f"spoiled_{what}_{factor}"
-        flags = ["--num_steps", 8, "--checkpoint_steps", 4, "--eval_steps", 8, "--keep", 9]
+        flags = [
+            "--num_steps",
+            8,
+            "--checkpoint_steps",
+            4,
+            "--eval_steps",
+            8,
+            "--keep_checkpoints",
+            9,
+        ]
         flags += ["--dropout", 0.0]  # systems draw other masks
         fault = Fault(spoiled={4: (what, factor), 6: (what, factor)})
         seen, *_ = [there.forks.end(p) for p in there.begin(out, *flags, fault=fault)]
         there.worked(seen)
-        assert seen.out.count("not finite: this step changed nothing; its sequences begin") == 2
+        assert seen.out.count("not finite: update skipped; the sequences begin") == 2
         records = {r["step"]: r for r in figures(out) if "loss" in r}
         assert [step for step, r in records.items() if "sequences" in r] == [4, 6]
         assert len(records[4]["sequences"]) == 4
         assert records[4]["loss"] is None or records[4]["grad_norm"] is None
         assert sorted(find_checkpoints(out)) == [5, 8]  # 4 was put off
         manifest = read_sealed(out / "checkpoint_8.mdl" / "manifest.json")
-        assert (manifest["step"], manifest["updates"]) == (8, 6)
+        assert (manifest["step"], manifest["optimizer_steps"]) == (8, 6)
         told[engine] = [records[step]["loss"] for step in (1, 2, 3, 5, 7, 8)]
     for engine, losses in told.items():
         assert losses == pytest.approx(told["resident"], rel=1e-5), engine
@@ -516,11 +534,20 @@ def test_ten_steps_that_are_not_finite(runs, engine, tally):
     runs = runs(engine)
     out = runs.copy()
     spoiled = {step: ("gradient", float("nan")) for step in range(5, 40)}
-    flags = ["--num_steps", 40, "--checkpoint_steps", 1, "--keep", 1, "--eval_steps", 40]
+    flags = [
+        "--num_steps",
+        40,
+        "--checkpoint_steps",
+        1,
+        "--keep_checkpoints",
+        1,
+        "--eval_steps",
+        40,
+    ]
     seen = runs.train(out, *LATEST, *flags, fault=Fault(spoiled=spoiled))
     told_in_a_line(seen)
     assert "stopped at step 14: 10 steps in a row had a loss or gradient that is not fi" in seen.err
-    assert f"{out}/checkpoint_4.mdl is the last that is good" in seen.err
+    assert f"{out}/checkpoint_4.mdl in another --out_dir" in seen.err
     assert list(find_checkpoints(out)) == [4]
     tally("ten steps in a row are not finite", engine, 1, "stopped, the last good one named")
 
@@ -530,8 +557,8 @@ def test_a_weight_that_is_not_finite(runs, engine, tally):
     """As a checkpoint could hold it that another program wrote."""
     from safetensors.torch import load_file, save_file
 
-    from checkpoint import _describe
-    from files import write_sealed
+    from runtime.checkpoint import _describe
+    from runtime.files import write_sealed
 
     runs = runs(engine)
     out = runs.copy()
@@ -551,7 +578,7 @@ def test_a_weight_that_is_not_finite(runs, engine, tally):
 
 def test_data_that_are_not_of_the_model(runs, tally):
     """An id above the vocabulary, in a file whose checksums are right."""
-    from dataset import write_meta
+    from runtime.tokens import write_meta
 
     runs = runs("resident")
     broken, out = runs.folder / "large", runs.copy()
@@ -563,7 +590,7 @@ def test_data_that_are_not_of_the_model(runs, tally):
     write_meta(broken, meta)
     seen = runs.train(out, *LATEST, "--dataset", broken)
     told_in_a_line(seen)
-    assert f"train.bin holds token id {VOCABULARY} near position" in seen.err
+    assert f"train.bin has token id {VOCABULARY} near position" in seen.err
     runs.check(out)
     tally("token ids above the vocabulary", "resident", 1, "named with their place")
 
@@ -576,7 +603,7 @@ def test_the_guard_against_spikes(runs, engine, tally):
     """It leaves out the step, is off by default, and a resumed run knows the steps before it."""
     runs = runs(engine)
     flags = ["--num_steps", 72, "--checkpoint_steps", 68, "--eval_steps", 100]
-    flags += ["--max_gradient_norm", 1e9, "--keep", 9]
+    flags += ["--max_gradient_norm", 1e9, "--keep_checkpoints", 9]
     told = {}
     for guard in ("true", "false"):
         out = runs.copy()
@@ -584,7 +611,7 @@ def test_the_guard_against_spikes(runs, engine, tally):
         more = [*LATEST, *flags, "--skip_loss_spikes", guard]
         seen = runs.worked(runs.train(out, *more, fault=fault))
         told[guard] = figures(out)
-        assert seen.out.count("a spike: this step changed nothing") == (guard == "true")
+        assert seen.out.count("loss spike: update skipped") == (guard == "true")
         if guard == "true":
             shutil.rmtree(out / "checkpoint_72.mdl")
             runs.worked(runs.train(out, *more, fault=fault))
@@ -606,12 +633,12 @@ def test_what_is_beside_the_training(runs, tally):
     (out / "loss.png").unlink()
     (out / "loss.png").mkdir()
     seen = runs.worked(runs.train(out, *LATEST))
-    assert "note: TensorBoard failed (" in seen.out
-    assert "note: the picture failed (" in seen.out
+    assert "warning: TensorBoard failed (" in seen.err
+    assert "warning: loss.png failed (" in seen.err
     assert figures(out) == runs.expected
     out = runs.copy()
     seen = runs.worked(runs.train(out, *LATEST, fault=Fault("unread", 1, "val.bin", True)))
-    assert "note: the evaluation after step 4 failed (" in seen.out
+    assert "warning: evaluation after step 4 failed (" in seen.err
     assert "checkpoint_4.mdl" in seen.out
     runs.worked(runs.train(out, *LATEST))  # makes up for it
     assert figures(out) == runs.expected

@@ -24,13 +24,15 @@ from conftest import ROOT, VOCABULARY, refused
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from checkpoint import Checkpoint, _describe
-from configuration import Configuration, parse_configuration
-from dataset import EvalBatches, Tokens, TrainBatches
-from errors import explain
-from export import encode, hugging_face_tensors, load_tokenizer, read_hugging_face
-from files import END, read_sealed, write_sealed
-from resume import check_configuration, check_tokenizer, model_config
+from configuration import Configuration
+from dataset import EvalData, TrainData
+from runtime.arguments import parse_configuration
+from runtime.checkpoint import Checkpoint, _describe
+from runtime.console import explain
+from runtime.files import END, read_sealed, write_sealed
+from runtime.huggingface import encode, hugging_face_tensors, load_tokenizer, read_hugging_face
+from runtime.resume import check_configuration, check_tokenizer
+from runtime.tokens import Tokens
 
 SMALL = {
     "width": 8,
@@ -120,7 +122,7 @@ def use_checkpoint(trained: SimpleNamespace) -> None:
     """All that commands do with one, but computing."""
     checkpoint = Checkpoint(trained.path)
     config = Configuration(**SMALL, dataset=str(trained.data))
-    model_config(checkpoint)
+    checkpoint.check_model()
     for name in checkpoint.tensors:
         checkpoint.read(name)
     check_tokenizer(checkpoint, Tokens(str(trained.data), "train", VOCABULARY))
@@ -131,9 +133,9 @@ def use_checkpoint(trained: SimpleNamespace) -> None:
 
 def read_dataset(folder: Path) -> None:
     data = (str(folder), VOCABULARY, 16, 4)
-    for batches in (TrainBatches(*data, seed=0), EvalBatches(*data)):
-        batches.tokens.read(0, batches.tokens.count)
-        batches[0]
+    for opened, what in ((TrainData(*data, seed=0), (0,)), (EvalData(*data), (0, 4))):
+        opened.tokens.read(0, opened.tokens.count)
+        opened.get(*what)
 
 
 def read_configuration(path: Path, monkeypatch) -> Configuration:
@@ -350,11 +352,15 @@ def dump(values: dict) -> bytes:
 DEEP, DIGITS = "[" * 100_000, "9" * 5000
 BOMB = "\n".join(
     f"{key}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'x'}]"
-    for i, key in enumerate(["keep", "seed", "out_dir", "dataset", "heads", "depth", "width"])
+    for i, key in enumerate(
+        ["keep_checkpoints", "seed", "out_dir", "dataset", "heads", "depth", "width"]
+    )
 )
 MERGES = "\n".join(
     f"{key}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10) if i else '{x: 1}'}]}}"
-    for i, key in enumerate(["keep", "seed", "out_dir", "dataset", "heads", "depth", "width"])
+    for i, key in enumerate(
+        ["keep_checkpoints", "seed", "out_dir", "dataset", "heads", "depth", "width"]
+    )
 )
 
 
@@ -455,10 +461,10 @@ def test_hostile_hugging_face_configurations(hugging_face, changes):
 WALL = """
 import resource, sys
 from pathlib import Path
-from checkpoint import Checkpoint
-from configuration import read_yaml
-from dataset import Tokens
-from errors import explain
+from runtime.checkpoint import Checkpoint
+from runtime.arguments import read_yaml
+from runtime.tokens import Tokens
+from runtime.console import explain
 def taken():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 def read(path):
@@ -584,7 +590,7 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "mars
 
 
 def test_no_call_runs_what_a_file_says():
-    patterns = ("*.py", "engines/*.py", "data/**/*.py")
+    patterns = ("*.py", "engines/*.py", "planner/*.py", "runtime/*.py", "data/**/*.py")
     product = [path for pattern in patterns for path in ROOT.glob(pattern)]
     assert len(product) > 20
     for path in product:

@@ -4,10 +4,9 @@ import pytest
 import torch
 from conftest import records
 from test_sharded import command
-from test_train import close, engine_config, train
+from test_train import batches_of, close, engine_config, quiet, train
 
-import engines
-from engines import store
+from engines import base, store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +17,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def loss_in_chunks(monkeypatch):
     """As models of a real size have it."""
-    monkeypatch.setattr(engines, "LOSS_ROWS", {"CPU": 16, "GPU": 16})
+    monkeypatch.setattr(base, "LOSS_ROWS", {"CPU": 16, "GPU": 16})
 
 
 @pytest.mark.parametrize("keys", [{"compile": True}, {"precision": "tf32"}])
@@ -32,12 +31,13 @@ def test_faster_steps_follow_plain_ones(dataset, keys):
 def test_a_step_that_is_not_finite_changes_nothing(dataset):
     """What decides is on the device."""
     engine = train(engine_config(backend="GPU"), dataset, 3)[1]
-    before = [p.detach().clone() for p in engine.master.parameters()]
-    for parameter in engine.model.parameters():
-        parameter.grad = torch.full_like(parameter, torch.inf)
-    engine._update(torch.tensor(1.0, dtype=torch.float64, device="cuda"), 1e-2, (1e9, 1e9))
-    assert engine.updates == 3
-    for a, b in zip(before, engine.master.parameters(), strict=True):
+    before = [p.detach().clone() for p in engine.weights.values()]
+    target = engine.model.decoder[1].mlp.fc.weight
+    spoiler = target.register_hook(lambda gradient: gradient * torch.inf)
+    (bad,) = engine.run(batches_of(engine.config, dataset), 3, 4, quiet)
+    spoiler.remove()
+    assert not bad.finite and engine.optimizer_steps == 3
+    for a, b in zip(before, engine.weights.values(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -49,11 +49,21 @@ def test_fp32_equals_the_cpu(dataset):
 
 
 STREAMED = [
-    {"stream_to": "ram", "recompute": True},
-    {"stream_to": "disk", "recompute": True, "micro_batch_size": 1},
-    {"stream_to": "ram", "recompute": False, "dropout": 0.0},
-    {"stream_to": "ram", "recompute": True, "micro_batch_size": 1, "activations": "host"},
-    {"stream_to": "disk", "recompute": True, "micro_batch_size": 1, "pass_size": 2},
+    {"stream_to": "ram", "activation_checkpointing": True},
+    {"stream_to": "disk", "activation_checkpointing": True, "micro_batch_size": 1},
+    {"stream_to": "ram", "activation_checkpointing": False, "dropout": 0.0},
+    {
+        "stream_to": "ram",
+        "activation_checkpointing": True,
+        "micro_batch_size": 1,
+        "activation_location": "host",
+    },
+    {
+        "stream_to": "disk",
+        "activation_checkpointing": True,
+        "micro_batch_size": 1,
+        "stream_batch_size": 2,
+    },
 ]
 
 
@@ -61,7 +71,12 @@ STREAMED = [
 def test_streaming_equals_resident(dataset, tmp_path, monkeypatch, keys):
     """Many small chunks, so that copies in both directions and updates overlap."""
     monkeypatch.setattr(store, "CHUNK", 1024)
-    keys = {"activations": "device", "pass_size": 4, "depth": 6, "learning_rate": 1e-3} | keys
+    keys = {
+        "activation_location": "device",
+        "stream_batch_size": 4,
+        "depth": 6,
+        "learning_rate": 1e-3,
+    } | keys
     config = engine_config(backend="GPU", engine="streaming", out_dir=str(tmp_path), **keys)
     same = {key: keys[key] for key in ("depth", "learning_rate")}
     same["micro_batch_size"] = config.micro_batch_size
@@ -87,16 +102,26 @@ def test_sharded_equals_resident(run, config, tmp_path, more):
     flags = ["--backend", "GPU", "--precision", "fp32", "--out_dir"]
     seen = run("train", config.path, *flags, tmp_path / "resident", "--engine", "resident")
     assert seen.status == 0, seen.err
-    for reshard in ("true", "false"):
-        sharded = [*flags, tmp_path / reshard, *more, "--engine", "sharded", "--reshard", reshard]
+    for reshard_after_forward in ("true", "false"):
+        sharded = [
+            *flags,
+            tmp_path / reshard_after_forward,
+            *more,
+            "--engine",
+            "sharded",
+            "--reshard_after_forward",
+            reshard_after_forward,
+        ]
         command("train", config.path, *sharded)
-        for a, b in zip(records(tmp_path / "resident"), records(tmp_path / reshard), strict=True):
+        for a, b in zip(
+            records(tmp_path / "resident"), records(tmp_path / reshard_after_forward), strict=True
+        ):
             assert close(b["loss"], a["loss"], 1e-5)
             assert close(b["grad_norm"], a["grad_norm"], 1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("more", [[], ["--offload", "true", "--reshard", "true"]])
+@pytest.mark.parametrize("more", [[], ["--offload", "true", "--reshard_after_forward", "true"]])
 def test_two_gpus_equal_one(run, config, tmp_path, more):
     flags = ["--backend", "GPU", "--precision", "fp32"]
     assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0

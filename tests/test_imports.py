@@ -1,88 +1,94 @@
-"""Who may know whom (docs/design.md)."""
+"""The ladder of docs/architecture.md: each file imports from files below it only, also inside
+functions; and no function is longer than a screen."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {path.stem for path in ROOT.glob("*.py")} | {"engines", "data"}
-MAY_KNOW = {
-    "errors": set(),
-    "loss": set(),
-    "model": {"loss"},
-    "cluster": set(),
-    "files": {"errors"},
-    "configuration": {"cluster", "model", "errors", "files"},
-    "dataset": {"errors", "files"},
-    "checkpoint": {"configuration", "errors", "files"},
-    "systems": {"configuration", "errors", "launch"},
-    "launch": {"checkpoint", "configuration", "errors", "plan", "resume", "systems"},
-    "resume": {
-        *("checkpoint", "configuration", "dataset", "errors", "export", "metrics", "model"),
-        *("systems",),
-    },
-    "machine": {"configuration", "errors", "files"},
-    "plan": {"configuration", "dataset", "model", "errors", "files", "machine", "engines"},
-    "metrics": {"engines", "errors", "files"},
-    "engines/__init__": {"configuration", "model", "errors", "engines"},
-    "engines/optimizer": {"configuration"},
-    "engines/resident": {"configuration", "model", "engines"},
-    "engines/store": {"errors"},
-    "engines/streaming": {"configuration", "model", "engines", "errors"},
-    "engines/sharded": {"configuration", "model", "engines"},
-    "engines/cerebras": {"configuration", "model", "engines", "errors"},
-}
-PLANNERS = {"plan", "train", "eval", "launch"}
-DISTRIBUTED = {"systems", "launch", "sharded"}
+LADDER = [  # the ground first
+    *("loss", "model", "runtime.console", "runtime.files", "runtime.tokens", "dataset"),
+    *("cluster", "configuration", "runtime.arguments", "runtime.checkpoint"),
+    *("engines.optimizer", "engines.base", "engines.buffers", "engines.store"),
+    *("engines.resident", "engines.streaming", "engines.sharded", "engines.cerebras", "engines"),
+    *("planner.machine", "planner.measure", "planner.costs", "planner.search", "planner.report"),
+    *("planner.resolve", "runtime.launch", "runtime.distributed", "runtime.metrics"),
+    *("runtime.huggingface", "runtime.generation", "runtime.resume"),
+]
+COMMANDS = ["train", "eval", "sample", "export", "plan"]
+PACKAGES = ("runtime", "planner", "engines", "data")
+PATTERNS = ("*.py", *(f"{package}/**/*.py" for package in PACKAGES))
+FILES = [path for pattern in PATTERNS for path in ROOT.glob(pattern)]
+LONGEST = 60  # lines of a function
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+OURS = {name_of(path): path for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
+    """All that a file imports anywhere; of `from X import Y` X.Y, if that is a module of ours."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inner if name in OURS} or {node.module}
     return found
 
 
-@pytest.mark.parametrize("module", MAY_KNOW)
-def test_modules_know_no_more_than_they_may(module):
-    known = {name.split(".")[0] for name in imports(ROOT / f"{module}.py")} & OURS
-    assert known <= MAY_KNOW[module]
+def test_every_file_is_on_the_ladder():
+    listed = {*LADDER, *COMMANDS, *PACKAGES}
+    assert {name for name in OURS if not name.startswith("data.")} <= listed
+    assert set(LADDER) | set(COMMANDS) <= set(OURS)
+    assert len(list(ROOT.glob("*.py"))) <= 10
 
 
-def test_model_knows_torch_alone():
-    assert {n.split(".")[0] for n in imports(ROOT / "model.py")} == {
+@pytest.mark.parametrize("name", LADDER)
+def test_imports_point_down(name):
+    below = set(LADDER[: LADDER.index(name)])
+    assert imports(OURS[name]) & set(OURS) <= below
+
+
+def test_commands_do_not_import_each_other():
+    for name in COMMANDS:
+        assert not imports(OURS[name]) & set(COMMANDS), name
+
+
+def test_the_model_needs_torch_only():
+    assert {n.split(".")[0] for n in imports(OURS["model"])} == {
         *("torch", "math", "hashlib", "dataclasses", "typing", "loss")
     }
 
 
-def test_engines_do_not_know_each_other():
-    for path in (ROOT / "engines").glob("*.py"):
-        if path.stem != "__init__":
-            engines = {n for n in imports(path) if n.startswith("engines.")}
-            store = {"engines.store"} if path.stem == "streaming" else set()
-            assert engines <= {"engines.optimizer"} | store, path
+def test_engines_do_not_import_each_other():
+    engines = {f"engines.{name}" for name in ("resident", "streaming", "sharded", "cerebras")}
+    for name in engines:
+        assert not imports(OURS[name]) & engines, name
 
 
-def test_only_these_plan():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("engines/*.py")]:
-        if "plan" in imports(path):
-            assert path.stem in PLANNERS, path
+@pytest.mark.parametrize(
+    ("package", "files"),
+    [
+        ("cerebras", {"engines.cerebras"}),
+        ("torch.distributed", {"engines.sharded", "runtime.distributed", "runtime.launch"}),
+        ("pydantic", {"configuration", "cluster"}),
+    ],
+)
+def test_a_package_is_imported_by_these_only(package, files):
+    for name, path in OURS.items():
+        found = [n for n in imports(path) if n == package or n.startswith(f"{package}.")]
+        assert not found or name in files, name
 
 
-def test_only_one_file_knows_cerebras():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("engines/*.py")]:
-        theirs = {name.split(".")[0] for name in imports(path)} & {"cerebras", "grpc"}
-        assert not theirs or path.name == "cerebras.py", path
-    for path in ROOT.glob("*.py"):  # and its engine is imported when it is opened
-        assert "engines.cerebras" not in path.read_text(), path
-
-
-def test_only_these_know_of_distributed():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("engines/*.py")]:
-        if path.stem not in DISTRIBUTED:
-            assert not re.search(r"\btorch\.distributed", path.read_text()), path
+def test_functions_fit_a_screen():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= LONGEST, f"{path.name}: {node.name} has {lines} lines"

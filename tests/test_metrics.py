@@ -7,8 +7,9 @@ import pytest
 from conftest import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import metrics
-from engines import StepStats
+from configuration import Configuration
+from engines.base import StepStats
+from runtime import metrics
 
 DAMAGED = [
     b"\xff\xfe{}",  # not UTF-8
@@ -42,7 +43,7 @@ def test_damaged_lines_are_left_out_and_the_others_kept(run, config):
     (config.out / "loss.png").unlink()
     seen = run("train", config.path, "--checkpoint_path", "latest")
     assert seen.status == 0, seen.err
-    assert f"metrics.jsonl: {len(DAMAGED)} damaged lines were left out\n" in seen.out
+    assert f"metrics.jsonl: {len(DAMAGED)} damaged lines were dropped\n" in seen.err
     assert "failed" not in seen.out + seen.err
     assert "Traceback" not in seen.err
     assert [record["step"] for record in records(config.out)] == [1, 2, 3, 4, 5, 6]
@@ -102,48 +103,62 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 def ten_steps(out: Path, eval_seconds: float, save_seconds: float) -> metrics.Metrics:
     """Evaluations are due at 4, 8 and 10, saves at 5 and 10."""
-    seconds = {"eval_seconds": eval_seconds, "save_seconds": save_seconds}
-    return metrics.Metrics(out, 0, 10, 1, 1.0, **seconds, eval_steps=4, checkpoint_steps=5)
+    keys = {"num_steps": 10, "eval_steps": 4, "checkpoint_steps": 5, "batch_size": 4}
+    plan = SimpleNamespace(
+        config=Configuration(out_dir=str(out), sequence_length=32, **keys),
+        machine=SimpleNamespace(matmul=1e12),
+        eval_seconds=eval_seconds,
+        save_seconds=save_seconds,
+    )
+    return metrics.Metrics(plan, 0)
 
 
 def step(told: metrics.Metrics, clock: SimpleNamespace, number: int, seconds: float = 2.0) -> None:
     clock.now += seconds
-    told.log(StepStats(number, 1.0, 1.0, 1e-3, 128, seconds, True), 128 * number, [])
+    told.log_step(StepStats(number, 1.0, 1.0, 1e-3, seconds, 128 * number, [], True))
 
 
-def test_the_time_left_has_the_evaluations_and_saves_to_come(tmp_path, clock, capsys):
+def test_the_eta_has_the_evaluations_and_saves_to_come(tmp_path, clock, capsys):
     told = ten_steps(tmp_path, eval_seconds=50, save_seconds=300)
 
     def left() -> str:
         return capsys.readouterr().out.splitlines()[-1].split(" | ")[-1]
 
     step(told, clock, 1)
-    assert left() == "0:12:48 left"  # 9 steps of 2 s, 3 evaluations, 2 saves
+    assert left() == "ETA 0:12:48"  # 9 steps of 2 s, 3 evaluations, 2 saves
     for number in (2, 3, 4):
         step(told, clock, number)
-    assert left() == "0:12:42 left"
-    with told.timed("eval_seconds"):
+    assert left() == "ETA 0:12:42"
+    with told.timed("evaluation"):
         clock.now += 10
     step(told, clock, 5)
-    assert left() == "0:10:30 left"  # 5 steps, 2 evaluations of 10 s, 2 saves
-    with pytest.raises(OSError), told.timed("save_seconds"):
+    assert left() == "ETA 0:10:30"  # 5 steps, 2 evaluations of 10 s, 2 saves
+    with pytest.raises(OSError), told.timed("save"):
         raise OSError
     step(told, clock, 6)
-    assert left() == "0:05:28 left"  # one save as long as was forecast
+    assert left() == "ETA 0:05:28"  # one save as long as was forecast
     for number in (7, 8, 9, 10):
         step(told, clock, number)
-    assert left() == "0:05:10 left"  # the last evaluation and save
+    assert left() == "ETA 0:05:10"  # the last evaluation and save
     told.close()
 
 
-def test_the_time_left_within_the_first_step(tmp_path, clock, capsys):
+def test_the_eta_within_the_first_step(tmp_path, clock, capsys):
     told = ten_steps(tmp_path, eval_seconds=float("nan"), save_seconds=30)
     clock.now += 100
     told.progress(0.5)
-    assert capsys.readouterr().out == "step 1/10 | 50% | 0:32:40 left\n"  # 9.5 steps, 2 saves
+    assert capsys.readouterr().out == "step 1/10 | 50% | ETA 0:32:40\n"  # 9.5 steps, 2 saves
     told.close()
 
 
-def test_the_metrics_of_other_systems_time_nothing():
-    with metrics.Silence().timed("eval_seconds"):
-        pass
+def test_other_ranks_record_nothing(tmp_path):
+    keys = {"machine": SimpleNamespace(matmul=1e12), "eval_seconds": 0, "save_seconds": 0}
+    plan = SimpleNamespace(config=Configuration(out_dir=str(tmp_path)), **keys)
+    told = metrics.Metrics(plan, 0, enabled=False)
+    told.log_step(StepStats(1, 1.0, 1.0, 1e-3, 1.0, 128, [], True))
+    with told.timed("evaluation"):
+        told.log_evaluation(1, 1.0)
+    told.progress(0.5)
+    told.draw()
+    told.close()
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, IGNORE, GPTConfig
-from plan import count
+from planner.costs import count
 
 
 def small(**changes) -> GPT:
@@ -15,8 +15,8 @@ def small(**changes) -> GPT:
         | changes
     )
     model = GPT(config)
-    for unit in model.units():
-        model.init_unit(unit, seed=0)
+    for unit in model.layers():
+        model.init_layer(unit, seed=0)
     return model
 
 
@@ -36,7 +36,7 @@ def test_parameter_count(bias):
     ("shape", "message"),
     [
         ({"width": 30, "heads": 4}, "heads: 4 does not divide width 30"),
-        ({"depth": 0}, "depth: 0 is not a positive number"),
+        ({"depth": 0}, "depth: 0 is not from 1 to 10,000"),
         ({"dropout": 1.0}, "dropout: 1.0 is not in"),
     ],
 )
@@ -47,7 +47,7 @@ def test_impossible_shapes(shape, message):
 
 def test_units_own_every_parameter_once():
     model = small()
-    owned = [p for unit in model.units().values() for p in unit.parameters()]
+    owned = [p for unit in model.layers().values() for p in unit.parameters()]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
 
 
@@ -65,13 +65,13 @@ def test_initial_weights():
 def test_initial_weights_are_a_function_of_seed_and_unit():
     models = [GPT(GPTConfig(width=32, depth=2, heads=2, vocab_size=27)) for _ in range(2)]
     torch.manual_seed(123)  # must not matter, nor must the order
-    for unit in models[0].units():
-        models[0].init_unit(unit, seed=5)
-    for unit in reversed(models[1].units()):
-        models[1].init_unit(unit, seed=5)
+    for unit in models[0].layers():
+        models[0].init_layer(unit, seed=5)
+    for unit in reversed(models[1].layers()):
+        models[1].init_layer(unit, seed=5)
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(a, b)
-    models[1].init_unit("decoder.1", seed=6)
+    models[1].init_layer("decoder.1", seed=6)
     assert not torch.equal(*(m.decoder[1].mlp.fc.weight for m in models))
 
 

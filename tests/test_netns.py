@@ -106,7 +106,7 @@ def test_two_hosts_equal_one(run, config, tmp_path, hosts):
         host.torchrun(hosts[0], config, *flags)
     for host in hosts:
         assert host.process.wait(timeout=120) == 0, host.text()
-    assert "4 systems of 2 to a copy of the weights" in hosts[0].text() + hosts[1].text()
+    assert "4 processes, 2 share a copy of the weights" in hosts[0].text() + hosts[1].text()
     equal_records(tmp_path / "one", config.out)
     # a unit's files are written by one of the copies, so by one of the hosts
     names = {path.name for path in (config.out / "checkpoint_20.mdl").iterdir()}
@@ -138,7 +138,16 @@ def next_teller(hosts: tuple[Host, Host]) -> Host:
 
 def test_a_killed_host_comes_back(run, config, tmp_path, hosts):
     """Its torchrun is started again, and all go on from the newest checkpoint."""
-    flags = ["--num_steps", 400, "--checkpoint_steps", 5, "--eval_steps", 400, "--keep", 2]
+    flags = [
+        "--num_steps",
+        400,
+        "--checkpoint_steps",
+        5,
+        "--eval_steps",
+        400,
+        "--keep_checkpoints",
+        2,
+    ]
     assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0
     flags += ["--checkpoint_path", "latest"]
     first, second = hosts

@@ -10,11 +10,13 @@ import torch
 from conftest import ROOT
 from test_train import refused
 
-import plan
+import model
 from configuration import Configuration
-from machine import Machine
 from model import Block
-from plan import engine_plans, first_fitting, moved_bytes, step_flops
+from planner.costs import Plan, moved_bytes, step_flops
+from planner.machine import Machine
+from planner.measure import block, sizes
+from planner.search import engine_plans, first_fitting
 
 GPT2 = {"width": 768, "depth": 10, "heads": 12, "precision": "bf16", "batch_size": 16}
 BLOCK, OUTSIDE = 7_087_872, 40_171_776  # parameters of 111m: a block, and all but the blocks
@@ -22,12 +24,12 @@ BLOCK, OUTSIDE = 7_087_872, 40_171_776  # parameters of 111m: a block, and all b
 
 def gpu(**changes) -> Machine:
     sizes = {"device": 76 * 10**9, "host": 2 * 10**12, "disk": 8 * 10**12, "program": 3 * 10**9}
-    rates = {"products": 1e15, "bandwidth": 3e12, "link": 5e10, "read": 6e9, "write": 4e9}
-    rates |= {"network": 4.5e11, "fabric": 5e10, "systems": 1}
+    rates = {"matmul": 1e15, "bandwidth": 3e12, "link": 5e10, "read": 6e9, "write": 4e9}
+    rates |= {"network": 4.5e11, "fabric": 5e10, "processes": 1}
     return Machine(**{"name": "a GPU", "backend": "GPU", **sizes, **rates, **changes})
 
 
-def planned(machine: Machine, **keys) -> plan.Plan:
+def planned(machine: Machine, **keys) -> Plan:
     plans = engine_plans(Configuration(**GPT2 | {"backend": machine.backend} | keys), machine)
     return first_fitting(plans)
 
@@ -37,31 +39,34 @@ def test_sizes_by_hand():
     50,257 tokens, 2,048 positions and the last norm."""
     assert BLOCK == 12 * 768**2 + 13 * 768
     assert OUTSIDE == (50257 + 2048 + 2) * 768
-    assert plan.sizes(Configuration(**GPT2)) == (OUTSIDE, BLOCK, 10 * BLOCK)
+    found = sizes(Configuration(**GPT2))
+    assert (found.outside, found.block, found.blocks) == (OUTSIDE, BLOCK, 10 * BLOCK)
+    assert found.matrix == 4 * 768**2
 
 
 def test_bytes_that_move_by_hand():
     """20 in and 16 out a parameter, but that the last block comes once and the rest thrice."""
-    config = Configuration(**GPT2, engine="streaming", micro_batch_size=16, pass_size=16)
+    config = Configuration(**GPT2, engine="streaming", micro_batch_size=16, stream_batch_size=16)
     blocks = 10 * BLOCK
     inward = 16 * (blocks + OUTSIDE) + 4 * (blocks - BLOCK) + 4 * OUTSIDE + 4 * OUTSIDE
     inward += 4 * OUTSIDE  # the first of the embedding's two gradients comes back
     outward = 12 * (blocks + OUTSIDE) + 4 * blocks + 8 * OUTSIDE
     assert moved_bytes(config) == (inward, outward)
-    half = replace(config, micro_batch_size=8, pass_size=8)
+    half = replace(config, micro_batch_size=8, stream_batch_size=8)
     weights = 4 * (blocks + OUTSIDE + OUTSIDE + blocks - BLOCK + OUTSIDE)
     gradients = 4 * (blocks + 2 * OUTSIDE)
     assert moved_bytes(half) == (inward + weights + gradients, outward + gradients)
 
 
 def test_flops_by_hand():
+    """2 a weight of the matrices and token forward, and attention's own."""
     config = Configuration(**GPT2, engine="resident")
     tokens = 16 * 2048
     attention = 2 * 2048 * 768 * 10
-    forward = 2 * (10 * BLOCK + OUTSIDE) + attention
-    assert step_flops(config) == 3 * tokens * forward
-    again = replace(config, engine="streaming", recompute=True)
-    assert step_flops(again) == tokens * (3 * forward + 2 * 10 * BLOCK + attention)
+    blocks = 2 * 10 * 12 * 768**2 + attention
+    assert step_flops(config) == 3 * tokens * (blocks + 2 * OUTSIDE)
+    again = replace(config, engine="streaming", activation_checkpointing=True)
+    assert step_flops(again) == tokens * (4 * blocks + 6 * OUTSIDE)
 
 
 def test_engines_follow_memory():
@@ -73,15 +78,20 @@ def test_engines_follow_memory():
     assert planned(gpu(device=3 * 10**9, host=4 * 10**9, disk=10**9)) is None
     big = {"width": 4096, "depth": 32, "heads": 32, "batch_size": 64}
     roomy, tight = (planned(gpu(device=d * 10**9), **big).config for d in (76, 24))
-    assert roomy.recompute and tight.recompute
-    assert tight.pass_size < 64 or tight.activations == "host"
+    assert roomy.activation_checkpointing and tight.activation_checkpointing
+    assert tight.stream_batch_size < 64 or tight.activation_location == "host"
 
 
 def test_what_is_asked_for_is_kept():
-    keys = {"engine": "streaming", "stream_to": "disk", "recompute": True, "micro_batch_size": 2}
-    config = planned(gpu(), **keys, pass_size=6).config
+    keys = {
+        "engine": "streaming",
+        "stream_to": "disk",
+        "activation_checkpointing": True,
+        "micro_batch_size": 2,
+    }
+    config = planned(gpu(), **keys, stream_batch_size=6).config
     assert {key: getattr(config, key) for key in keys} == keys
-    assert (config.pass_size, config.activations) == (6, "device")
+    assert (config.stream_batch_size, config.activation_location) == (6, "device")
 
 
 @pytest.mark.parametrize(
@@ -111,9 +121,14 @@ def test_the_table(run):
     more = ["--device", "h100", "--host_memory", "2TB"]
     seen = run("plan", ROOT / "configs/70b.yaml", *more)
     assert seen.status == 0, seen.err
-    for words in ("64,861,528,064 parameters", "3,014,656 tokens", "resident", "lacks 1.15 TB"):
+    for words in ("64,861,528,064 parameters", "3,014,656 tokens", "resident", "missing: 1.15 TB"):
         assert words in seen.out
-    for words in ("streaming on GPU", "compute is the limit", "663,425 steps", "h100 (bf16)"):
+    for words in (
+        "streaming engine on GPU",
+        "compute is the limit",
+        "663,425 steps",
+        "h100 (bf16)",
+    ):
         assert words in seen.out
 
 
@@ -121,8 +136,8 @@ def test_what_does_not_fit(run):
     more = ["--device", "h100", "--host_memory", "256GB", "--disk", "500GB"]
     seen = run("plan", ROOT / "configs/70b.yaml", *more)
     assert seen.status == 2, seen.err
-    assert "does not fit" in seen.out and "1.04 TB of disk where there are 500.00 GB" in seen.out
-    assert "it takes --num_systems 24 or a larger disk (--stream_dir); configs/" in seen.out
+    assert "does not fit" in seen.out and "1.04 TB of disk, there are 500.00 GB" in seen.out
+    assert "use --num_systems 24 or a larger disk (--stream_dir); configs/" in seen.out
     named = ROOT / seen.out.split("; ")[-1].split()[0]
     assert json.loads(run("plan", named, *more, "--json").out)["fits"]
     told = run("plan", ROOT / "configs/70b.yaml", *more, "--json")
@@ -133,7 +148,7 @@ def test_what_does_not_fit(run):
 def test_names_of_devices(run, name):
     seen = run("plan", ROOT / "configs/111m.yaml", "--device", name)
     assert seen.status == 0, seen.err
-    assert "host memory: " in seen.out and "--host_memory says what another has" in seen.out
+    assert "host memory: " in seen.out and "--host_memory sets it" in seen.out
 
 
 def test_a_limit_with_a_device(run):
@@ -158,20 +173,24 @@ def test_a_disk_that_cannot_be_measured_is_not_remembered(run, config, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("machine.measure_disk", full)
+        patch.setattr("planner.machine.measure_disk", full)
         assert run("plan", config.path).status == 0
     kept = json.loads((tmp_path / "cache" / "gigagpt" / "rates.json").read_text())
     assert not [key for key in kept if key.startswith("disk")]
     assert run("plan", config.path, "--stream_dir", tmp_path).status == 0
-    monkeypatch.setattr("machine.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("planner.machine.tempfile.TemporaryFile", full)
     seen = run("train", config.path, "--stream_dir", tmp_path)
-    refused(seen, "can't be written to (No space left on device); name another")
+    refused(seen, "can't be written to (No space left on device); use another")
 
 
-@pytest.mark.parametrize("flags", [["--pass_size", 2], ["--micro_batch_size", 4]])
+@pytest.mark.parametrize("flags", [["--stream_batch_size", 2], ["--micro_batch_size", 4]])
 def test_a_streaming_run_is_cut_in_another_way(run, config, flags):
     streamed = ["--engine", "streaming", "--stream_to", "ram"]
-    first = ["--micro_batch_size", 4] if flags[0] == "--pass_size" else ["--pass_size", 2]
+    first = (
+        ["--micro_batch_size", 4]
+        if flags[0] == "--stream_batch_size"
+        else ["--stream_batch_size", 2]
+    )
     assert run("train", config.path, *streamed, *first, "--num_steps", 3).status == 0
     seen = run("train", config.path, *streamed, *flags, "--checkpoint_path", "latest")
     assert seen.status == 0, seen.err
@@ -180,48 +199,68 @@ def test_a_streaming_run_is_cut_in_another_way(run, config, flags):
 def test_what_a_resumed_run_is_asked_for_comes_first(run, config):
     streamed = ["--engine", "streaming", "--stream_to", "ram", "--micro_batch_size"]
     assert run("train", config.path, *streamed, 4, "--num_steps", 3).status == 0
-    seen = run("train", config.path, *streamed, 1, "--pass_size", 2, "--checkpoint_path", "latest")
+    seen = run(
+        "train", config.path, *streamed, 1, "--stream_batch_size", 2, "--checkpoint_path", "latest"
+    )
     assert seen.status == 0, seen.err
     assert "4 micro-batches of 1 × 32" in seen.out and "in 2 passes" in seen.out
 
 
+class WideMLP(model.MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.fc = torch.nn.Linear(config.width, 7 * config.width)
+        self.proj = torch.nn.Linear(7 * config.width, config.width)
+
+
+def parallel(self, x: torch.Tensor) -> torch.Tensor:
+    normed = self.ln_1(x)
+    return x + self.attn(normed) + self.mlp(normed)
+
+
+CHANGES = {
+    "as it is": lambda patch: None,
+    "a wider MLP": lambda patch: patch.setattr(model, "MLP", WideMLP),
+    "parallel branches": lambda patch: patch.setattr(Block, "forward", parallel),
+}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_dropout_keeps_on_a_cpu(precision):
-    """The probabilities of attention with their masks, in fp32 whatever the precision."""
-    kept = {}
-    for dropout in (0.0, 0.1):
-        config = Configuration(
-            width=64, depth=1, heads=8, dropout=dropout, precision=precision, backend="CPU",
-            sequence_length=512, max_position_embeddings=512,
-        )  # fmt: skip
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        block, storages = Block(config).to(dtype), {}
-        own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_block_keeps(monkeypatch, change, dropout, precision):
+    """The planner's measurement on fake tensors beside a real block, of a changed model too."""
+    CHANGES[change](monkeypatch)
+    width = 64 + 8 * list(CHANGES).index(change)  # a model that was not measured before
+    config = Configuration(
+        width=width, depth=1, heads=8, dropout=dropout, precision=precision, backend="CPU",
+        sequence_length=512, max_position_embeddings=512,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    real, storages = Block(config).to(dtype), {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in real.parameters()}
 
-        def keep(tensor, storages=storages, own=own):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = (storage.nbytes(), tensor)
-            return tensor
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            block(torch.randn(1, 512, 64, dtype=dtype, requires_grad=True))
-        kept[dropout] = sum(size for size, _ in storages.values())
-        if dropout:
-            more = kept[0.1] - kept[0.0]
-            planned = plan.activation_bytes(config)
-            planned -= plan.activation_bytes(replace(config, dropout=0.0))
-            assert planned == pytest.approx(more, rel=0.15)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        real(torch.randn(1, 512, width, dtype=dtype, requires_grad=True))
+    kept = sum(size for size, _ in storages.values())
+    assert block(config).kept_bytes == pytest.approx(kept, rel=0.03)
 
 
 def test_evaluations_and_saves_take_time(run, config):
     seen = run("plan", config.path, "--eval_steps", 1, "--warmup_steps", 9, "--batch_size", 1)
     assert (
-        "note: evaluations take about" in seen.out and "lower --eval_batches or raise" in seen.out
+        "warning: evaluations take about" in seen.err
+        and "lower --eval_batches or raise" in seen.err
     )
-    assert "note: warmup_steps 9 is not below num_steps 6: the learning rate" in seen.out
+    assert "warning: warmup_steps 9 is not below num_steps 6: the learning rate" in seen.err
     seen = run("train", config.path, "--warmup_steps", 9, "--num_steps", 3)
-    assert "note: warmup_steps 9 is not below num_steps 3" in seen.out
+    assert "warning: warmup_steps 9 is not below num_steps 3" in seen.err
     seen = run("plan", config.path, "--dataset", "data/nowhere")
     assert "without evaluations: data/nowhere is not prepared" in seen.out
 
@@ -237,8 +276,8 @@ def test_this_machine(run, config):
 def test_training_prints_the_plan(run, config):
     seen = run("train", config.path, "--num_steps", 3, "--engine", "streaming")
     lines = seen.out.splitlines()
-    assert "streaming on CPU, fp32" in lines[0]
-    assert "fetches" in lines[1] and "writes" in lines[1]
+    assert "streaming engine on CPU, fp32" in lines[0]
+    assert "reads" in lines[1] and "writes" in lines[1]
     assert "for 3 steps" in lines[2]
 
 
@@ -253,7 +292,12 @@ def test_bad_arguments(run, config):
     "keys",
     [
         {"engine": "resident", "precision": "fp32"},
-        {"engine": "streaming", "precision": "fp32", "stream_to": "disk", "recompute": True},
+        {
+            "engine": "streaming",
+            "precision": "fp32",
+            "stream_to": "disk",
+            "activation_checkpointing": True,
+        },
     ],
     ids=["resident", "streaming"],
 )

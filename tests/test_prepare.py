@@ -21,8 +21,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 
 from data import prepare
-from dataset import Tokens
-from errors import command
+from runtime.console import command
+from runtime.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"Document {i}: naïve café 中文 🎉\r\n\n  two  spaces. " + "word " * i for i in range(120)]
@@ -35,7 +35,7 @@ def program(tmp_path_factory):
     """A copy of the scripts, so that the tests leave the datasets of the checkout alone."""
     copy = tmp_path_factory.mktemp("program")
     for path in [
-        *(ROOT / f"{n}.py" for n in ("errors", "files", "dataset")),
+        *(ROOT / f"{n}.py" for n in ("runtime/console", "runtime/files", "dataset", "loss")),
         *ROOT.glob("data/**/prepare.py"),
     ]:
         target = copy / path.relative_to(ROOT)

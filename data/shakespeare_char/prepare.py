@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
 from data.prepare import char_tokenizer, scratch, write
 from data.shakespeare.prepare import SOURCE, plays
-from errors import command
+from runtime.console import command
 
 
 def main() -> None:

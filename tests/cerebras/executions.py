@@ -1,16 +1,20 @@
 """Lowers a step of training, an evaluation and a step again in one process, as train.py executes
 them on a cluster: executions.py, then the arguments of train.py, with cluster.validate_only."""
 
-import plan
-from configuration import parse_configuration
-from engines import open_engine
-from resume import Start
-from systems import World
+from functools import partial
 
-config = plan.resolve(parse_configuration("")[0], {}).config
-train, val = Start(config).open_data(config, World())
+from engines import open_engine
+from engines.cerebras import read_sequences
+from planner.resolve import resolve
+from runtime.arguments import parse_configuration
+from runtime.distributed import Group
+from runtime.resume import Start
+
+config = resolve(parse_configuration("")[0], {}).config
+train, val = Start(config).open_data(config, Group())
 engine = open_engine(config)
 engine.initialize()
-assert list(engine._execute(train.share, 0, 1)) == []
-assert engine._evaluate(val.share) == 0.0
-assert list(engine._execute(train.share, 1, 2)) == []
+assert list(engine._execute(train, 0, 1)) == []
+get = partial(read_sequences, val, config.batch_size)
+assert engine._evaluate(get, range(-(-len(val) // config.batch_size))) == 0.0
+assert list(engine._execute(train, 1, 2)) == []

@@ -7,7 +7,7 @@ import time
 from cerebras.appliance.storage.h5_storage import H5Writer
 
 import train
-from errors import command
+from runtime.console import command
 
 write, waiting = H5Writer.write, [signal.SIGINT]
 

@@ -7,7 +7,7 @@ import sys
 import torch._lazy.metrics
 
 import train
-from errors import command
+from runtime.console import command
 
 try:
     command(train.main)

@@ -11,20 +11,20 @@ from pathlib import Path
 import cerebras.pytorch as cstorch
 from safetensors.torch import save_file
 
-import plan
-from configuration import parse_configuration
 from engines import open_engine
-from resume import find_start
-from systems import World
+from planner.resolve import resolve
+from runtime.arguments import parse_configuration
+from runtime.distributed import Group
+from runtime.resume import find_start
 
 folder = Path(sys.argv.pop(1))
 config, _ = parse_configuration("")
-start = find_start(config, World())
-engine = open_engine(plan.resolve(start.config, start.chosen).config)
+start = find_start(config, Group())
+engine = open_engine(resolve(start.config, start.chosen).config)
 if start.read is None:
     engine.initialize()
 else:
-    engine.load(start.read, start.updates)
+    engine.load(start.read, start.checkpoint and start.checkpoint.optimizer_steps)
 state = {"model": engine.model.state_dict(), "optimizer": engine.optimizer.state_dict()}
 state["schedule"] = engine.schedule.state_dict()
 engine.saved = folder / "first.h5"

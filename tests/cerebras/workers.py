@@ -7,6 +7,7 @@ its batches as JSON. SIZES are the rows that the compiler gave each system, in p
 
 import json
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,17 +20,19 @@ from cerebras.pytorch.utils.data.streamer.pytorch_generator import InputGenerato
 
 
 def send(file: str, split: str) -> None:
-    import plan
-    from configuration import parse_configuration
-    from engines.cerebras import make_cluster_config, read_batches
-    from resume import Start
-    from systems import World
+    from engines.cerebras import make_cluster_config, read_batches, read_sequences, read_step
+    from planner.resolve import resolve
+    from runtime.arguments import parse_configuration
+    from runtime.distributed import Group
+    from runtime.resume import Start
 
-    config = plan.resolve(parse_configuration("")[0], {}).config
-    train, val = Start(config).open_data(config, World())
-    batches = val if split == "val" else train
-    steps = range(len(val)) if split == "val" else range(3, 9)
-    arguments = ((batches.share, steps, config.batch_size, torch.int32), {})
+    config = resolve(parse_configuration("")[0], {}).config
+    train, val = Start(config).open_data(config, Group())
+    get, steps = partial(read_step, train), range(3, 9)
+    if split == "val":
+        get = partial(read_sequences, val, config.batch_size)
+        steps = range(-(-len(val) // config.batch_size))
+    arguments = ((get, steps, config.batch_size, torch.int32), {})
     content = {
         "sent": [fw_user_serialize(each, recurse=True) for each in (read_batches, arguments)],
         "paths": make_cluster_config(config).python_paths,

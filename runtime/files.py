@@ -1,5 +1,6 @@
-"""Files that are whole or not there, and JSON that carries a checksum of itself."""
+"""Files that are complete or not there, and JSON that carries a checksum of itself."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from errors import UserError, short
+from runtime.console import UserError, short
 
 END = ',\n "sha256": "%s"\n}\n'
 SIZE = len(END % ("0" * 64))
@@ -18,7 +19,7 @@ class Changed(ValueError):
 
 
 def follow_umask(path: Path) -> None:
-    """Gives a file the mode of a new one: safetensors makes its files for the owner alone."""
+    """Gives a file the mode of a new one: safetensors creates its files with mode 0600."""
     umask = os.umask(0o77)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -26,8 +27,8 @@ def follow_umask(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of `path` at the end; after an error that one is as
-    it was. Raises UserError, which names it, where it can't be written."""
+    """A name to write to, which replaces `path` at the end; after an error `path` is unchanged.
+    Raises UserError, which names it, where it can't be written."""
     writing = path.with_name(path.name + ".writing")
     try:
         yield writing
@@ -38,16 +39,37 @@ def replacing(path: Path) -> Iterator[Path]:
         writing.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Holds an exclusive lock of a file or folder, which ends with the process at the latest.
+    Raises BlockingIOError if another process has it, unless told to wait."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_sealed(path: Path, content: dict) -> None:
-    """Writes JSON that ends in the SHA-256 of all before it. It is there for accidents: who changes
-    a file on purpose can seal it again."""
+    """Writes JSON that ends in the SHA-256 of all before it. It finds accidents: whoever changes a
+    file on purpose can seal it again."""
     body = json.dumps(content, indent=1).removesuffix("\n}")
     path.write_text(body + END % hashlib.sha256(body.encode()).hexdigest(), encoding="utf-8")
 
 
 def read_sealed(path: Path) -> dict:
     """What was written there, without the checksum. Raises Changed where anything was changed, and
-    ValueError where it is not of this program."""
+    ValueError where it is not JSON of this program."""
     raw = path.read_bytes()
     body, end = raw[:-SIZE], raw[-SIZE:]
     if end != (END % hashlib.sha256(body).hexdigest()).encode():
@@ -61,7 +83,7 @@ def read_sealed(path: Path) -> dict:
 
 
 def count_of(value: object) -> int:
-    """A number of things from JSON; ValueError where it is none that a file could hold."""
+    """A count from JSON; ValueError where it is none that a file could hold."""
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{short(value)} is not a number of things")
+        raise ValueError(f"{short(value)} is not a count")
     return value

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from configuration import Configuration
-from errors import UserError, short
-from files import replacing
+from runtime.console import UserError, short
+from runtime.files import replacing
 
-MAX_AGE = 3600  # seconds that measured rates are taken for true
+MAX_AGE = 3600  # seconds that measured rates are reused
 SAMPLE = 128 * 2**20  # bytes that are copied, written and read to measure
 CUDA_BYTES = 3 * 2**30  # of host memory that a process with CUDA takes before it holds a model
 DRIVE = (6.9e9, 4.1e9)  # bytes/s read and written by a PCIe 4.0 drive (Samsung PM9A3, data sheet)
@@ -41,7 +41,7 @@ class Device:
     link: float
     network: float
 
-    def products(self, precision: str) -> float:
+    def matmul(self, precision: str) -> float:
         """FLOP/s; of tf32 half of bf16's, as in all of these data sheets."""
         return {"bf16": self.bf16, "tf32": self.bf16 / 2, "fp32": self.fp32}[precision]
 
@@ -59,15 +59,15 @@ DEVICES = {
 }
 FABRIC = 50e9  # bytes/s each way of a GPU to other machines: an adapter of 400 Gb/s (ConnectX-7)
 PER_MACHINE = 8  # GPUs of one machine, as in the vendors' servers
-GLOO = 0.4e9  # bytes/s that a process receives from others on a CPU (docs/log.md)
+GLOO = 0.4e9  # bytes/s that a process receives from others on a CPU (docs/performance.md)
 
 
 @dataclass
 class Machine:
-    """What one system has of a machine that `systems` share. Sizes in bytes, rates in bytes/s,
-    products in FLOP/s. On a CPU `device` and `host` memory are the same; `program` is what the
-    process takes of it before it holds a model. `network` is to the systems of the same machine,
-    `fabric` to those of others."""
+    """What one of `processes` has of a machine. Sizes in bytes, rates in bytes/s, matmul, the peak
+    matrix multiplication throughput, in FLOP/s. On a CPU `device` and `host` memory are the same;
+    `program` is what the process uses before it holds a model. `network` is the rate to processes
+    on the same machine, `fabric` to those on others."""
 
     name: str
     backend: str
@@ -75,26 +75,29 @@ class Machine:
     host: int
     disk: int
     program: int
-    products: float
+    matmul: float
     bandwidth: float
     link: float
     read: float
     write: float
     network: float
     fabric: float
-    systems: int
+    processes: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.backend == "GPU"
 
 
-def this_machine(config: Configuration, systems: int) -> Machine:
-    """The machine that the process runs on with so many others; config has its backend and
-    precision resolved."""
+def this_machine(config: Configuration, processes: int) -> Machine:
+    """This process's share of this machine; config has its backend and precision resolved."""
     gpu = config.backend == "GPU"
-    host = host_memory() // systems
+    host = host_memory() // processes
     device = int(0.95 * torch.cuda.mem_get_info()[0]) if gpu else host  # less what fragments
     if config.memory_limit is not None:
         device = parse_bytes(config.memory_limit, "memory_limit")
         if not gpu:  # where it is the machine's
-            host = device = device // systems
+            host = device = device // processes
     folder = store_folder(config)
     disk = shutil.disk_usage(folder).free
     try:
@@ -103,7 +106,7 @@ def this_machine(config: Configuration, systems: int) -> Machine:
     except OSError as error:
         if config.stream_dir is not None:
             reason = f"{folder} can't be written to ({error.strerror})"
-            raise UserError(f"stream_dir: {reason}; name another") from None
+            raise UserError(f"stream_dir: {reason}; use another") from None
         disk = 0
     rates = measured_rates(config.backend, config.precision, folder)
     name = torch.cuda.get_device_name(0) if gpu else "this CPU"
@@ -117,7 +120,7 @@ def this_machine(config: Configuration, systems: int) -> Machine:
         program=program_bytes(gpu),
         network=known.network if known else rates["link"] if gpu else GLOO,
         fabric=FABRIC if gpu else GLOO,
-        systems=systems,
+        processes=processes,
         **rates,
     )
 
@@ -135,22 +138,22 @@ def named_machine(name: str, config: Configuration) -> Machine:
     device = known.get(re.sub("[ _-]", "", name.lower()))
     if device is None:
         raise UserError(f"device: {name} is not known; known are {', '.join(DEVICES)}")
-    memory, systems = config.memory_limit, min(config.num_systems, PER_MACHINE)
+    memory, processes = config.memory_limit, min(config.num_systems, PER_MACHINE)
     return Machine(
         name=name,
         backend="GPU",
         device=parse_bytes(memory, "memory_limit") if memory else int(0.95 * device.memory),
-        host=host_memory() // systems,
+        host=host_memory() // processes,
         disk=shutil.disk_usage(store_folder(config)).free,
         program=CUDA_BYTES,
-        products=device.products(config.precision),
+        matmul=device.matmul(config.precision),
         bandwidth=device.bandwidth,
         link=device.link,
         read=DRIVE[0],
         write=DRIVE[1],
         network=device.network,
         fabric=FABRIC,
-        systems=systems,
+        processes=processes,
     )
 
 
@@ -208,7 +211,7 @@ def measured_rates(backend: str, precision: str, folder: Path) -> dict[str, floa
     key = f"{backend} {precision} {torch.get_num_threads()}"
     rates = remembered(
         key,
-        ("products", "bandwidth", "link"),
+        ("matmul", "bandwidth", "link"),
         lambda: (peak_flops(backend, precision), *measure_copies(backend)),
     )
     key, disk = f"disk {os.stat(folder).st_dev}", dict(zip(("read", "write"), DRIVE, strict=True))
@@ -233,7 +236,7 @@ def remembered(
         ):
             return rates
     rates = dict(zip(names, measure(), strict=True))
-    with suppress(OSError, UserError):  # it will be measured again
+    with suppress(OSError, UserError):  # else it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as writing:
             writing.write_text(json.dumps(known | {key: {"time": time.time(), "rates": rates}}))
@@ -249,10 +252,10 @@ def rates_file() -> Path:
 
 
 def peak_flops(backend: str, precision: str) -> float:
-    """FLOP/s of matrix products: the published peak of a known GPU, else measured here, now."""
+    """FLOP/s of matrix matmul: the published peak of a known GPU, else measured here, now."""
     known = known_device(torch.cuda.get_device_name(0)) if backend == "GPU" else None
     if known is not None and precision != "fp32":
-        return known.products(precision)
+        return known.matmul(precision)
     return measure_products(backend, precision)
 
 

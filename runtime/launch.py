@@ -5,79 +5,67 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import (
-    DefaultLogsSpecs,
-    SignalException,
-    start_processes,
-)
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-import plan
-from checkpoint import newest
 from configuration import Configuration
-from errors import UserError
-from resume import check_out_dir, find_checkpoint, lacks_evaluation
-from systems import PARENT, World
+from runtime.console import UserError
+
+# In the environment of the processes: our process id, and in a later attempt when the first began
+PARENT, RESTARTED = "GIGAGPT_PARENT", "GIGAGPT_RESTARTED"
 
 
 def launch(config: Configuration, training: bool) -> int:
-    """Runs this command on num_systems processes, again from the newest checkpoint if one fails and
-    max_restarts allow; returns the exit status."""
+    """Runs this command in num_systems processes, again if one is lost and max_restarts allows;
+    returns the exit status. A restarted process resumes by itself."""
+    from torch.distributed.elastic.multiprocessing import SignalException  # slow to import
+
     gpus = torch.cuda.device_count() if config.backend != "CPU" else 0
     if config.num_systems > gpus and (gpus or config.backend == "GPU"):
         raise UserError(
-            f"num_systems: {config.num_systems}, and this machine has {gpus} GPUs; take at most "
-            f"so many, --backend CPU, or torchrun on several machines (docs/scale-out.md)"
+            f"num_systems: {config.num_systems}, and this machine has {gpus} GPUs; use no more "
+            f"than that, --backend CPU, or torchrun on several machines (docs/scale-out.md)"
         )
-    if training:  # what is in out_dir when a restart looks for it must be of this run
-        check_out_dir(Path(config.out_dir), find_checkpoint(config, World()))
-        if not gpus and config.init_from is None:  # on a GPU a plan would take memory from it
-            plan.resolve(config, {}, here=config.num_systems)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT"  # SIGHUP is nohup's
     try:
-        return run(config, training)
-    except SignalException:  # in the moment of starting
+        return _run_attempts(config.num_systems, config.max_restarts, training)
+    except SignalException:  # while they were being started
         raise KeyboardInterrupt from None
 
 
-def run(config: Configuration, training: bool) -> int:
-    """The processes, again and again."""
-    for attempt in range(config.max_restarts + 1):
-        more, latest = [], None
-        if training and attempt:
-            latest = find_checkpoint(replace(config, checkpoint_path="latest"), World())
-        if latest is not None:
-            if latest.step == config.num_steps and not lacks_evaluation(config, latest):
-                return 0  # it was lost in its last breath
-            more = ["--checkpoint_path", "latest"]
-        failures = run_processes(config.num_systems, more)
+def _run_attempts(processes: int, restarts: int, training: bool) -> int:
+    began = time.time()
+    for attempt in range(restarts + 1):
+        failures = _run_processes(processes, {RESTARTED: began} if attempt else {})
         if not failures:
             return 0
         failure = min(failures, key=_blame)
         lost = _kind(failure) != "UserError"
-        final = attempt == config.max_restarts or not lost
-        saved = training and newest("latest", Path(config.out_dir)) is not None
-        cure = "; --checkpoint_path latest goes on from the newest checkpoint"
-        print(describe(failure) + (cure if lost and final and saved else ""), file=sys.stderr)
+        final = not lost or attempt == restarts
+        hint = "; resume with --checkpoint_path latest" if training and lost and final else ""
+        print(_describe(failure) + hint, file=sys.stderr)
         if final:
-            return 1
-        print(f"restarting: {attempt + 1} of {config.max_restarts}", flush=True)
-    raise AssertionError
+            break
+        print(f"restarting: {attempt + 1} of {restarts}", flush=True)
+    return 1
 
 
-def run_processes(count: int, more: list[str]) -> list[ProcessFailure]:
-    """Runs the command `count` times with `more` arguments; returns what failed. Signals that ask
-    for an end are passed on."""
+def _run_processes(count: int, environment: dict) -> list:
+    """Runs the command `count` times; returns the ProcessFailures. Passes on signals that ask for
+    an end."""
+    from torch.distributed.elastic.multiprocessing import (
+        DefaultLogsSpecs,
+        SignalException,
+        start_processes,
+    )
+
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shared = {
+    shared = environment | {
         "WORLD_SIZE": count,
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
@@ -94,36 +82,36 @@ def run_processes(count: int, more: list[str]) -> list[ProcessFailure]:
         processes = start_processes(
             "train",
             sys.executable,
-            args=dict.fromkeys(ranks, (*sys.argv, *more)),
+            args=dict.fromkeys(ranks, tuple(sys.argv)),
             envs={r: {**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in ranks},
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        asked = False
+        signalled = False
         while True:
             try:
                 failures = list(processes.wait(period=0.1).failures.values())
             except SignalException as caught:
-                asked = True
+                signalled = True
                 for pid in processes.pids().values():
                     with suppress(ProcessLookupError):
                         os.kill(pid, caught.sigval)
             else:
-                if failures and asked and all(_was_asked(failure) for failure in failures):
+                if failures and signalled and all(map(_was_interrupted, failures)):
                     raise KeyboardInterrupt  # a second signal ended them at once
                 return failures
 
 
-def _was_asked(failure: ProcessFailure) -> bool:
+def _was_interrupted(failure) -> bool:
     return failure.exitcode in (130, -signal.SIGINT, -signal.SIGTERM)
 
 
-def _kind(failure: ProcessFailure) -> str:
+def _kind(failure) -> str:
     """The type of the exception that a process left, if it left one."""
     message = failure.error_file_data["message"]
     return message["message"].split(":")[0] if isinstance(message, dict) else ""
 
 
-def _blame(failure: ProcessFailure) -> tuple:
+def _blame(failure) -> tuple:
     """Sorts the cause before its consequences: who was killed, who had an error, who then lost the
     connection, who was told to end."""
     kind = _kind(failure)
@@ -131,17 +119,17 @@ def _blame(failure: ProcessFailure) -> tuple:
     return (ended, kind == "ConnectionError", failure.exitcode > 0 and not kind, failure.timestamp)
 
 
-def describe(failure: ProcessFailure) -> str:
-    """What the console is told of the process that failed first."""
+def _describe(failure) -> str:
+    """The message for the process that failed first."""
     kind, rank = _kind(failure), failure.local_rank
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         memory = "; the system may have run out of memory" if name == "SIGKILL" else ""
-        return f"error: system {rank} was killed by {name}{memory}"
+        return f"error: rank {rank} was killed by {name}{memory}"
     if not kind:
-        return f"error: system {rank} ended with status {failure.exitcode}"
+        return f"error: rank {rank} ended with status {failure.exitcode}"
     message = failure.error_file_data["message"]
     text = message["message"].removeprefix(f"{kind}: ")
     if kind in ("UserError", "ConnectionError"):
         return f"error: {text}"
-    return f"{message['extraInfo']['py_callstack']}error: system {rank} failed"
+    return f"{message['extraInfo']['py_callstack']}error: rank {rank} failed"

@@ -1,0 +1,223 @@
+"""What the engines share. An engine runs the steps of a model; the loop knows no more of it."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configuration import Configuration
+from dataset import Batch, EvalData, TrainData
+from engines.optimizer import MOMENTS, SPIKE_STEPS, is_applied, learning_rate, spike_limits
+from model import GPT, IGNORE
+
+INIT_BYTES = 4e9  # of layers that are drawn at a time
+LOSS_ROWS = {"CPU": 1024, "GPU": 4096}  # positions whose logits exist at one time
+KINDS = ("", *(f"{moment}." for moment in MOMENTS))  # prefixes of the names of tensors
+Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
+
+
+@dataclass
+class StepStats:
+    """What is known of a finished step."""
+
+    step: int  # optimizer steps completed
+    loss: float  # mean over the tokens of the global batch, in nats
+    grad_norm: float  # before clipping
+    learning_rate: float
+    seconds: float
+    tokens: int  # seen since the run began
+    offsets: list[int]  # where the sequences of the batch begin in train.bin
+    applied: bool  # else the update was skipped: not finite, or a loss spike
+    can_save: bool = True  # whether `state` has the weights after this step
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
+
+
+class Engine:
+    """Runs the steps of a model, and holds its weights; without `training` no more than these.
+
+    Tensors have the same names in every engine: those of the model's parameters, and the same with
+    the prefixes `exp_avg.` and `exp_avg_sq.` for Adam's moments. An engine implements `step` and
+    `sum_losses`, and `put`, `ready` and `get` for its tensors.
+    """
+
+    rank, size = 0, 1  # of the processes that share a batch
+
+    def __init__(self, config: Configuration, training: bool = True):
+        self.config, self.training = config, training
+        self.device = torch.device("cuda" if config.backend == "GPU" else "cpu")
+        self.optimizer_steps = 0  # applied ones
+        self.tokens = 0  # seen since the run began
+        self.recent = deque(maxlen=SPIKE_STEPS)  # losses and norms of the last finite steps
+        with torch.device("meta"):
+            self.model = GPT(config)
+        self.layers = {
+            layer: [f"{layer}.{name}" for name, _ in module.named_parameters()]
+            for layer, module in self.model.layers().items()
+        }
+
+    # What an engine implements
+
+    def step(
+        self,
+        step: int,
+        batch: Batch,
+        rate: float,
+        limits: tuple[float, float],
+        progress: Callable[[float], None],
+    ) -> tuple[float, float]:
+        """Runs a training step, counted from 0, at this learning rate; returns the loss and the
+        gradient norm. The update is skipped unless these are within the limits. `progress` is
+        called with the fraction that is done."""
+        raise NotImplementedError
+
+    def sum_losses(self, batch: Batch) -> Tensor:
+        """The sum of the losses of a batch, fp64."""
+        raise NotImplementedError
+
+    def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
+        """Stores a layer's tensors of one kind, whole ones on the CPU or those that `rows` cuts.
+        Several threads may call it, each for another layer."""
+        raise NotImplementedError
+
+    def ready(self) -> None:
+        """Called once when all tensors were put; optimizer_steps is set."""
+
+    def get(self, layer: str, kind: str) -> dict[str, Tensor]:
+        """A layer's tensors of one kind, on the CPU."""
+        raise NotImplementedError
+
+    def rows(self, name: str) -> slice | None:
+        """The rows of a tensor that this process stores; None: all."""
+        return None
+
+    def close(self) -> None:
+        """Frees what the engine holds."""
+        self.model = None
+
+    # What they share
+
+    def initialize(self, progress: Callable[[Iterable], Iterable] = iter) -> None:
+        """Draws the initial weights from the seed, one layer after the other through `progress`,
+        several at a time as far as INIT_BYTES allows."""
+        with torch.device("meta"):
+            blank = GPT(self.config)
+        modules = blank.layers()
+
+        def draw(layer: str) -> None:
+            module = modules[layer].to_empty(device="cpu")
+            blank.init_layer(layer, self.config.seed)
+            named = {name: p.detach() for name, p in module.named_parameters(layer)}
+            self.put(layer, "", {name: self._cut(name, tensor) for name, tensor in named.items()})
+            module.to("meta")
+
+        largest = max(sum(p.numel() for p in m.parameters()) for m in modules.values())
+        with ThreadPoolExecutor(max(1, min(os.cpu_count(), int(INIT_BYTES / largest / 4)))) as pool:
+            wait_for([pool.submit(draw, layer) for layer in modules], progress)
+        self.ready()
+
+    def _cut(self, name: str, tensor: Tensor) -> Tensor:
+        rows = self.rows(name)
+        return tensor if rows is None else tensor[rows]
+
+    def load(
+        self,
+        read: Read,
+        optimizer_steps: int | None,
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> None:
+        """Stores every tensor from `read`; with optimizer_steps None the weights only."""
+        with_moments = optimizer_steps is not None and self.training
+        self.optimizer_steps = optimizer_steps if with_moments else 0
+        for layer, names in progress(list(self.layers.items())):
+            for kind in KINDS if with_moments else KINDS[:1]:
+                self.put(layer, kind, {name: read(kind + name, self.rows(name)) for name in names})
+        self.ready()
+
+    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(name of a file, its tensors on the CPU), one kind of tensors of one layer at a time;
+        with several processes the rows of each, in the order of their ranks."""
+        for layer in self.layers:
+            for kind in KINDS:
+                tensors = self.get(layer, kind)
+                yield kind + layer, {kind + name: tensor for name, tensor in tensors.items()}
+                del tensors  # before the next are made
+
+    def run(
+        self, data: TrainData, start: int, stop: int, progress: Callable[[float], None]
+    ) -> Iterator[StepStats]:
+        """Trains from step start to stop and yields each step in order, possibly late."""
+        config = self.config
+        self.model.train()
+        for step in range(start, stop):
+            began, rate = time.perf_counter(), learning_rate(config, step + 1)
+            limits = spike_limits(self.recent if config.skip_loss_spikes else ())
+            batch = data.get(step, self.rank, self.size)
+            loss, norm = self.step(step, batch, rate, limits, progress)
+            self.tokens += config.batch_size * config.sequence_length
+            applied, seconds = is_applied(loss, norm, limits), time.perf_counter() - began
+            figures = (loss, norm, rate, seconds, self.tokens, batch.offsets)
+            stats = StepStats(step + 1, *figures, applied)
+            if stats.finite:
+                self.recent.append((loss, norm))
+            yield stats
+
+    @torch.no_grad()
+    def evaluate(
+        self, data: EvalData, sequences: int, watch: Callable[[Iterable], Iterable] = iter
+    ) -> tuple[float, int]:
+        """The sum of the losses over all data and the number of tokens, with so many sequences at
+        a time; `watch` wraps the batches."""
+        total, tokens, begins = 0.0, 0, range(0, len(data), sequences)
+        self.model.eval()
+        try:
+            for batch in watch(data.get(b, sequences, self.rank, self.size) for b in begins):
+                total += self.sum_losses(batch).item()
+                tokens += int((batch.targets != IGNORE).sum())
+        finally:
+            self.model.train()
+        return total, tokens
+
+
+def micro_batches(
+    config: Configuration, device: torch.device, batch: Batch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, targets) on the device, micro_batch_size sequences at a time."""
+    for begin in range(0, len(batch.ids), config.micro_batch_size):
+        rows = slice(begin, begin + config.micro_batch_size)
+        cut = [torch.from_numpy(array[rows]) for array in (batch.ids, batch.targets)]
+        if device.type == "cuda":  # a copy from pinned memory does not block
+            cut = [tensor.pin_memory() for tensor in cut]
+        yield tuple(tensor.to(device, non_blocking=True) for tensor in cut)
+
+
+def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:
+    """Sets what makes a placed model faster on its device; `compile`: the blocks share one
+    compilation, and the loss has another."""
+    model.loss_rows = LOSS_ROWS[config.backend]
+    if config.backend == "GPU":
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    if config.compile is True and training:  # an evaluation is over too soon
+        options = {"fallback_random": True}  # the same dropout masks as without
+        for block in model.decoder:
+            block.compile(options=options)
+        model.cross_entropy = torch.compile(model.cross_entropy)
+
+
+def wait_for(futures: list[Future], progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Waits for all; after an error those that have not begun are cancelled."""
+    try:
+        for future in progress(futures):
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
