@@ -23,7 +23,7 @@ install: .venv/installed
 data/shakespeare_char/meta.json: | .venv/installed
 	$(BIN)/python data/shakespeare_char/prepare.py
 
-# Trains a small model on Shakespeare, evaluates it and lets it write. Interrupted, it goes on.
+# Trains a small model on Shakespeare, evaluates it and writes text; if interrupted, rerun it to resume.
 demo: install data/shakespeare_char/meta.json
 	test -d $(LAST) || $(BIN)/python train.py $(DEMO) --checkpoint_path latest
 	$(BIN)/python eval.py $(DEMO) --checkpoint_path $(LAST)
@@ -33,7 +33,7 @@ demo: install data/shakespeare_char/meta.json
 test: install
 	$(BIN)/python -m pytest -q
 
-# Every fault at every place (docs/reliability.md), and the table of what came of it.
+# Every fault at every place (docs/reliability.md), and a table of the results.
 test-faults: install
 	mkdir -p out
 	$(BIN)/python -m pytest -q -m "long or not long" tests/test_faults.py tests/test_fuzz.py \
@@ -55,7 +55,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Lines of code beside the original's.
+# Lines of code, beside the original's.
 loc:
 	$(PYTHON) bench/loc.py
 

@@ -10,7 +10,7 @@ IGNORE = -100  # a target that is not counted: the padding of the last evaluatio
 @torch.no_grad()
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the losses, fp32, and its gradient, which takes the place of the logits: PyTorch's
-    own would have three more tensors of that size (docs/log.md)."""
+    own would have three more tensors of that size."""
     p = logits.float()
     torch.log_softmax(p, -1, out=p)
     loss = F.nll_loss(p, targets, ignore_index=IGNORE, reduction="sum")

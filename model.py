@@ -65,7 +65,7 @@ class GPTConfig:
 
 class LayerNorm(nn.LayerNorm):
     """Computed in fp32 whatever its input: in bf16 a CPU sums the gradients of weight and bias in
-    bf16 too, where 256 + 1 is 256 (docs/log.md)."""
+    bf16 too, where 256 + 1 is 256."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.width, eps=1e-5, bias=config.bias)

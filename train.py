@@ -32,7 +32,7 @@ def main() -> None:
 def train(config: Configuration, group: Group) -> None:
     with group.shared_errors():
         start = find_start(config, group)
-    if start.finished:  # a restarted process of a run that was already complete
+    if group.gather(start.finished)[0]:  # restarted, but the run was already complete
         return
     plan = group.on_first(resolve, start.config, start.chosen, True, group.local_size)
     config, out_dir = plan.config, Path(plan.config.out_dir)

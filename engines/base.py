@@ -20,6 +20,9 @@ INIT_BYTES = 4e9  # of layers that are drawn at a time
 LOSS_ROWS = {"CPU": 1024, "GPU": 4096}  # positions whose logits exist at one time
 KINDS = ("", *(f"{moment}." for moment in MOMENTS))  # prefixes of the names of tensors
 Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
+Report = Callable[[float], None]  # is called with the fraction of a step that is done
+Watch = Callable[[Iterable], Iterable]  # yields the same items, and shows how many are done
+Limits = tuple[float, float]  # of loss and gradient norm, above which an update is skipped
 
 
 @dataclass
@@ -67,16 +70,10 @@ class Engine:
     # What an engine implements
 
     def step(
-        self,
-        step: int,
-        batch: Batch,
-        rate: float,
-        limits: tuple[float, float],
-        progress: Callable[[float], None],
+        self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report
     ) -> tuple[float, float]:
         """Runs a training step, counted from 0, at this learning rate; returns the loss and the
-        gradient norm. The update is skipped unless these are within the limits. `progress` is
-        called with the fraction that is done."""
+        gradient norm. The update is skipped unless these are within the limits."""
         raise NotImplementedError
 
     def sum_losses(self, batch: Batch) -> Tensor:
@@ -105,7 +102,7 @@ class Engine:
 
     # What they share
 
-    def initialize(self, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    def initialize(self, progress: Watch = iter) -> None:
         """Draws the initial weights from the seed, one layer after the other through `progress`,
         several at a time as far as INIT_BYTES allows."""
         with torch.device("meta"):
@@ -128,12 +125,7 @@ class Engine:
         rows = self.rows(name)
         return tensor if rows is None else tensor[rows]
 
-    def load(
-        self,
-        read: Read,
-        optimizer_steps: int | None,
-        progress: Callable[[Iterable], Iterable] = iter,
-    ) -> None:
+    def load(self, read: Read, optimizer_steps: int | None, progress: Watch = iter) -> None:
         """Stores every tensor from `read`; with optimizer_steps None the weights only."""
         with_moments = optimizer_steps is not None and self.training
         self.optimizer_steps = optimizer_steps if with_moments else 0
@@ -151,9 +143,7 @@ class Engine:
                 yield kind + layer, {kind + name: tensor for name, tensor in tensors.items()}
                 del tensors  # before the next are made
 
-    def run(
-        self, data: TrainData, start: int, stop: int, progress: Callable[[float], None]
-    ) -> Iterator[StepStats]:
+    def run(self, data: TrainData, start: int, stop: int, progress: Report) -> Iterator[StepStats]:
         """Trains from step start to stop and yields each step in order, possibly late."""
         config = self.config
         self.model.train()
@@ -171,9 +161,7 @@ class Engine:
             yield stats
 
     @torch.no_grad()
-    def evaluate(
-        self, data: EvalData, sequences: int, watch: Callable[[Iterable], Iterable] = iter
-    ) -> tuple[float, int]:
+    def evaluate(self, data: EvalData, sequences: int, watch: Watch = iter) -> tuple[float, int]:
         """The sum of the losses over all data and the number of tokens, with so many sequences at
         a time; `watch` wraps the batches."""
         total, tokens, begins = 0.0, 0, range(0, len(data), sequences)
@@ -212,7 +200,7 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
         model.cross_entropy = torch.compile(model.cross_entropy)
 
 
-def wait_for(futures: list[Future], progress: Callable[[Iterable], Iterable] = iter) -> None:
+def wait_for(futures: list[Future], progress: Watch = iter) -> None:
     """Waits for all; after an error those that have not begun are cancelled."""
     try:
         for future in progress(futures):

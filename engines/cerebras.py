@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
-from engines.base import Engine, Read, StepStats
+from engines.base import Engine, Read, Report, StepStats, Watch
 from engines.optimizer import (
     BETAS,
     FINAL_FRACTION,
@@ -102,16 +102,11 @@ class CerebrasEngine(Engine):
         if self.backend.is_csx:  # bf16 needs no scale, but its scaler skips steps, traced
             self.scaler = cstorch.amp.GradScaler("dynamic", 1.0, None, 1.0, 1.0)
 
-    def initialize(self, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    def initialize(self, progress: Watch = iter) -> None:
         if self.backend.is_e2e_execution:  # else only the graph matters, not the weights
             super().initialize(progress)
 
-    def load(
-        self,
-        read: Read,
-        optimizer_steps: int | None,
-        progress: Callable[[Iterable], Iterable] = iter,
-    ) -> None:
+    def load(self, read: Read, optimizer_steps: int | None, progress: Watch = iter) -> None:
         if self.backend.is_e2e_execution:
             super().load(read, optimizer_steps, progress)
 
@@ -162,9 +157,7 @@ class CerebrasEngine(Engine):
         if not self.backend.is_csx:  # there it is done in every traced step
             self.schedule.update_last_value()
 
-    def run(
-        self, data: TrainData, start: int, stop: int, progress: Callable[[float], None]
-    ) -> Iterator[StepStats]:
+    def run(self, data: TrainData, start: int, stop: int, progress: Report) -> Iterator[StepStats]:
         if not self.backend.is_e2e_execution:
             yield from self._execute(data, start, start + 1)
             return
@@ -255,9 +248,7 @@ class CerebrasEngine(Engine):
         size = self.config.batch_size
         return cstorch.utils.data.DataLoader(read_batches, get, steps, size, dtype)
 
-    def evaluate(
-        self, data: EvalData, sequences: int, watch: Callable[[Iterable], Iterable] = iter
-    ) -> tuple[float, int]:
+    def evaluate(self, data: EvalData, sequences: int, watch: Watch = iter) -> tuple[float, int]:
         if not self.backend.is_e2e_execution:
             raise UserError("cluster.validate_only and cluster.compile_only are for train.py")
         steps = range(-(-len(data) // self.config.batch_size))
@@ -265,7 +256,7 @@ class CerebrasEngine(Engine):
         tokens = sum(int((get(step).targets != IGNORE).sum()) for step in steps)
         return self._evaluate(get, steps, watch), tokens
 
-    def _evaluate(self, get: Callable, steps: range, watch: Callable = iter) -> float:
+    def _evaluate(self, get: Callable, steps: range, watch: Watch = iter) -> float:
         """The sum of the losses, in one execution of the appliance."""
         total = 0.0
 

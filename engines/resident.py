@@ -1,14 +1,13 @@
 """The model, its gradients and its optimizer on one device: plain PyTorch, every test's oracle."""
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from configuration import Configuration
 from dataset import Batch
-from engines.base import Engine, micro_batches, prepare_compute
+from engines.base import Engine, Limits, Report, micro_batches, prepare_compute
 from engines.optimizer import clip_factor, is_applied, make_optimizer, square_sum
 from model import derive_seed
 
@@ -52,12 +51,7 @@ class ResidentEngine(Engine):
         }
 
     def step(
-        self,
-        step: int,
-        batch: Batch,
-        rate: float,
-        limits: tuple[float, float],
-        progress: Callable[[float], None],
+        self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report
     ) -> tuple[float, float]:
         config = self.config
         loss = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -6,7 +6,7 @@ summed over the processes, so that the results do not depend on how many there a
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from itertools import product
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configuration import Configuration
 from dataset import Batch, EvalData
-from engines.base import KINDS, Engine, micro_batches, prepare_compute
+from engines.base import KINDS, Engine, Limits, Report, Watch, micro_batches, prepare_compute
 from engines.optimizer import clip_factor, is_applied, make_optimizer, square_sum
 from model import IGNORE, derive_seed
 
@@ -119,12 +119,7 @@ class ShardedEngine(Engine):
             yield f"{kind}{layer}.{self.shard + 1}-of-{self.shards}", tensors
 
     def step(
-        self,
-        step: int,
-        batch: Batch,
-        rate: float,
-        limits: tuple[float, float],
-        progress: Callable[[float], None],
+        self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report
     ) -> tuple[float, float]:
         loss = self._accumulate(self._pad(batch), step, progress)
         squares = square_sum([_local(weight.grad) for weight in self.weights.values()])
@@ -148,7 +143,7 @@ class ShardedEngine(Engine):
         targets = np.pad(batch.targets, missing, constant_values=IGNORE)
         return Batch(np.pad(batch.ids, missing), targets, batch.offsets)
 
-    def _accumulate(self, batch: Batch, step: int, progress: Callable[[float], None]) -> Tensor:
+    def _accumulate(self, batch: Batch, step: int, progress: Report) -> Tensor:
         """Leaves the gradient of the mean loss in the shards; returns this process's part of it."""
         config = self.config
         tokens = config.batch_size * config.sequence_length
@@ -170,7 +165,7 @@ class ShardedEngine(Engine):
         parts = micro_batches(self.config, self.device, self._pad(batch))
         return torch.stack([self.model(ids, targets) for ids, targets in parts]).double().sum()
 
-    def evaluate(self, data: EvalData, sequences: int, watch: Callable = iter) -> tuple[float, int]:
+    def evaluate(self, data: EvalData, sequences: int, watch: Watch = iter) -> tuple[float, int]:
         sums = torch.tensor(super().evaluate(data, sequences, watch), dtype=torch.float64)
         for module in self._fsdp_modules():
             module.reshard()

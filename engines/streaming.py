@@ -12,7 +12,7 @@ a GPU each has a stream of its own; on a CPU streams and events do nothing.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from configuration import Configuration
 from dataset import Batch
-from engines.base import KINDS, Engine, micro_batches, prepare_compute
+from engines.base import KINDS, Engine, Limits, Report, micro_batches, prepare_compute
 from engines.buffers import Activations, Array, record
 from engines.optimizer import Update, clip_factor, decays, is_applied, square_sum
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
@@ -48,7 +48,7 @@ class Work:
     """Reports the part of a step's work that is done, in sequences through a block's forward."""
 
     total: int
-    report: Callable[[float], None]
+    report: Report
     done: int = 0
 
     def add(self, amount: int) -> None:
@@ -254,12 +254,7 @@ class StreamingEngine(Engine):
     # Compute
 
     def step(
-        self,
-        step: int,
-        batch: Batch,
-        rate: float,
-        limits: tuple[float, float],
-        progress: Callable[[float], None],
+        self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report
     ) -> tuple[float, float]:
         loss, norm = self._accumulate(batch, step, progress)
         if is_applied(loss, norm, limits):
@@ -269,9 +264,7 @@ class StreamingEngine(Engine):
             self.stale = set(self.modules)
         return loss, norm
 
-    def _accumulate(
-        self, batch: Batch, step: int, progress: Callable[[float], None]
-    ) -> tuple[float, float]:
+    def _accumulate(self, batch: Batch, step: int, progress: Report) -> tuple[float, float]:
         """Leaves the gradient of the mean loss in the store; returns that loss and the norm."""
         # a block's backward pass is as much work as two forward passes, recomputing a third
         self.backward_work = 3 if self.config.activation_checkpointing else 2

@@ -182,6 +182,11 @@ def program_bytes(gpu: bool) -> int:
     if Path("/proc/self/statm").is_file():
         resident = int(Path("/proc/self/statm").read_text().split()[1])
         return resident * os.sysconf("SC_PAGE_SIZE")
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    """Peak bytes of this process in memory."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +12,7 @@ from tqdm import tqdm
 
 from engines.base import StepStats
 from planner.costs import Plan, flops_per_token
+from planner.machine import peak_resident
 from runtime.console import log, optional, warn
 from runtime.files import count_of, replacing
 
@@ -207,8 +206,7 @@ def memory_used() -> int:
     """Peak bytes so far: allocated on the GPU if it is in use, else resident in this process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident()
 
 
 def format_time(seconds: float) -> str:

@@ -303,7 +303,7 @@ def test_bad_arguments(run, config):
 )
 def test_memory_is_what_was_planned(tmp_path, keys):
     """Within 15%, in processes of their own; bench/streaming.py plan shows larger models."""
-    tries = 3 if keys["engine"] == "resident" else 1  # whose heap is a matter of luck (docs/log.md)
+    tries = 3 if keys["engine"] == "resident" else 1  # whose heap is a matter of luck
     keys |= {"width": 512, "depth": 4, "heads": 8, "sequence_length": 1024, "batch_size": 2}
     command = [sys.executable, "bench/streaming.py", "one", "--keys", json.dumps(keys)]
     measured = []
