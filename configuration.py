@@ -11,14 +11,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationError,
 )
 from pydantic.dataclasses import dataclass
 
 from cluster import Cluster
 from model import GPTConfig
-from runtime.console import UserError, short
+from runtime.console import UserError
 
 
 def _printable(text: str) -> str:
@@ -179,37 +178,10 @@ class Configuration(Distributed, Memory, Saving, Optimizer, Data, GPTConfig):
         try:
             return replace(self, **{key: getattr(model, key) for key in MODEL_KEYS})
         except ValidationError as error:
-            raise UserError(_reason(error)) from None
+            raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 SECTIONS = (GPTConfig, Data, Optimizer, Saving, Memory, Distributed, Cluster)
 MODEL_KEYS = tuple(field.name for field in fields(GPTConfig))
 TYPES = {field.name: field.type for field in fields(Configuration) if field.name != "cluster"}
 TYPES |= {f"cluster.{field.name}": field.type for field in fields(Cluster)}
-_VALIDATORS = {key: TypeAdapter(kind, config=STRICT) for key, kind in TYPES.items()}
-
-
-def make_configuration(values: dict) -> Configuration:
-    """The configuration of these keys, `cluster.KEY` for those of that section. Raises ValueError,
-    in one line that names the key."""
-    check_values(values)
-    cluster = {k.removeprefix("cluster."): v for k, v in values.items() if k.startswith("cluster.")}
-    values = {k: v for k, v in values.items() if not k.startswith("cluster.")}
-    try:
-        return Configuration(**values, cluster=Cluster(**cluster))
-    except ValidationError as error:  # of __post_init__
-        raise ValueError(_reason(error)) from None
-
-
-def _reason(error: ValidationError) -> str:
-    reasons = (each["msg"].removeprefix("Value error, ") for each in error.errors())
-    return " or ".join(dict.fromkeys(reason.removeprefix("Input ") for reason in reasons))
-
-
-def check_values(values: dict) -> None:
-    """Raises ValueError, `KEY: VALUE should be ...`, for the first that is not valid."""
-    for key, value in values.items():
-        try:
-            _VALIDATORS[key].validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"{key}: {short(value)} {_reason(error)}") from None

@@ -10,9 +10,10 @@ from typing import get_args
 
 import docstring_parser
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from cluster import Cluster
-from configuration import SECTIONS, TYPES, Configuration, Text, check_values, make_configuration
+from configuration import SECTIONS, STRICT, TYPES, Configuration, Text
 from runtime.console import UserError, short
 from runtime.files import replacing
 
@@ -40,6 +41,7 @@ OTHER_NAMES = {
     "pass_size": "stream_batch_size",
     "timeout": "step_timeout",
 }
+_VALIDATORS = {key: TypeAdapter(kind, config=STRICT) for key, kind in TYPES.items()}
 _LONGEST = 2**16  # bytes of a configuration file; all keys take 2,000, and YAML is slow to read
 
 
@@ -130,7 +132,7 @@ def read_yaml(path: str | Path) -> dict:
     values |= {f"cluster.{k if isinstance(k, str) else short(k)}": v for k, v in cluster.items()}
     _check_keys([*values], f"{path}: ")
     try:
-        check_values(values)
+        _check_values(values)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     return values
@@ -158,6 +160,32 @@ _Loader.add_implicit_resolver(
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
+
+
+def make_configuration(values: dict) -> Configuration:
+    """The configuration of these keys, `cluster.KEY` for those of that section. Raises ValueError,
+    in one line that names the key."""
+    _check_values(values)
+    cluster = {k.removeprefix("cluster."): v for k, v in values.items() if k.startswith("cluster.")}
+    values = {k: v for k, v in values.items() if not k.startswith("cluster.")}
+    try:
+        return Configuration(**values, cluster=Cluster(**cluster))
+    except ValidationError as error:  # of __post_init__
+        raise ValueError(_reason(error)) from None
+
+
+def _reason(error: ValidationError) -> str:
+    reasons = (each["msg"].removeprefix("Value error, ") for each in error.errors())
+    return " or ".join(dict.fromkeys(reason.removeprefix("Input ") for reason in reasons))
+
+
+def _check_values(values: dict) -> None:
+    """Raises ValueError, `KEY: VALUE should be ...`, for the first that is not valid."""
+    for key, value in values.items():
+        try:
+            _VALIDATORS[key].validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{key}: {short(value)} {_reason(error)}") from None
 
 
 def write_configuration(config: Configuration, resolved: Configuration, path: Path) -> None:

@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from configuration import MODEL_KEYS, Configuration, make_configuration
+from configuration import MODEL_KEYS, Configuration
 from model import GPT, GPTConfig
+from runtime.arguments import make_configuration
 from runtime.console import UserError, command, short, warn
 from runtime.files import (
     Changed,

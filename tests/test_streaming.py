@@ -199,6 +199,24 @@ def test_a_step_that_is_not_finite_changes_nothing(dataset, tmp_path, stream_to)
     equal_runs(runs[1], runs[0])
 
 
+def test_an_evaluation_reads_weights_once_whatever_the_batch_size(run, config, monkeypatch):
+    run("train", config.path, "--num_steps", 3)
+    read, reads, results = store.DiskStore._read, [], []
+
+    def counted(self, chunk):
+        reads.append(chunk)
+        return read(self, chunk)
+
+    monkeypatch.setattr(store.DiskStore, "_read", counted)
+    for batch_size in (1, 4):
+        flags = ["--engine", "streaming", "--stream_to", "disk", "--batch_size", batch_size]
+        seen = run("eval", config.path, "--checkpoint_path", "latest", *flags)
+        assert seen.status == 0, seen.err
+        results.append((seen.out.split(" | ")[1], len(reads)))
+        reads.clear()
+    assert results[0] == results[1]
+
+
 def test_evaluation_equals_resident_in_the_middle_of_a_run(dataset, tmp_path):
     """The pending update is in what is evaluated, and evaluating leaves the run as it was."""
     results = []
