@@ -43,6 +43,7 @@ def test_the_picture_shows_every_side(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_a_side_that_fails_says_why(tmp_path):
     shape = ["--width", 64, "--depth", 1, "--vocab_size", 257, "--sequence_length", 64]
     (tmp_path / "train.py").touch()

@@ -82,7 +82,7 @@ def trained(small, there) -> Path:
     """Twenty steps of the engine on the package's CPU backend."""
     out = small.folder / "trained"
     train = ["train.py", small.path, "--engine", "cerebras", "--backend", "CPU"]
-    assert "cerebras on CPU, fp32" in worked(there(*train, "--out_dir", out))
+    assert "cerebras engine on CPU, fp32" in worked(there(*train, "--out_dir", out))
     return out
 
 
@@ -216,7 +216,7 @@ def test_steps_that_are_not_finite_change_nothing(small, there, tmp_path):
     done = there("train.py", small.path, *flags)
     refused(done, "stopped at step 10: 10 steps in a row had a loss or gradient that is not finite")
     assert "not finite: update skipped" in done.stdout
-    assert "no checkpoint is the last that is good" in done.stderr
+    assert "resume from an earlier checkpoint" in done.stderr
     assert not list(tmp_path.glob("*.mdl"))
     worked(there("train.py", small.path, *flags, "--num_steps", 5))  # the end is saved all the same
     saved = Checkpoint(tmp_path / "checkpoint_5.mdl")
@@ -609,7 +609,7 @@ def test_the_clusters_keys_are_the_packages(there):
         (["--cluster.job_priority", "p9", *NOWHERE], "Invalid job priority value: p9"),
         (["--cluster.mgmt_address", "nowhere.invalid:9000"], "cluster: Exception: Failed to ping"),
         (["--cluster.compile_crd_memory_gi", 10**14, *NOWHERE], "cluster: Value out of range"),
-        (["--micro_batch_size", 3, "--num_systems", 2], "more than the 2 sequences that a system"),
+        (["--micro_batch_size", 3, "--num_systems", 2], "more than the 2 sequences of the batch"),
         (["--num_systems", 5], "batch_size: 4 is smaller than num_systems 5"),
     ],
 )

@@ -123,6 +123,7 @@ def test_many_systems(clone, shakespeare):
     assert "fits on 24 or more such devices" in worked(type_in(clone, line))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", ["13b", "70b", "175b"])
 def test_models_beyond_this_machine(clone, size):
     more = ["--memory_limit", "2GB", "--out_dir", "fresh"]

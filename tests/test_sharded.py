@@ -105,7 +105,11 @@ CUTS = {
 
 
 @pytest.mark.parametrize(
-    "cut", [pytest.param(cut, marks=pytest.mark.long if cut[0] == "4" else ()) for cut in CUTS]
+    "cut",
+    [
+        pytest.param(cut, marks=pytest.mark.long if cut[0] == "4" or "again" in cut else ())
+        for cut in CUTS
+    ],
 )
 def test_equals_resident(run, config, tmp_path, cut):
     """20 steps, clipping active in each, and an evaluation: every number to 1e-5."""
@@ -309,6 +313,7 @@ def test_nohup_holds(config):
     assert process.wait(timeout=60) == 0
 
 
+@pytest.mark.long
 def test_lost_systems_restart_the_run(run, config, tmp_path, request):
     """SIGKILL of a random worker at random moments, saving included: the numbers are those of a run
     that nothing disturbed."""

@@ -465,6 +465,7 @@ def test_no_home(run, config, monkeypatch):
     assert seen.status == 0, seen.err
 
 
+@pytest.mark.long
 def test_a_console_that_is_closed_or_narrow(config):
     """Started by a program that closes all files, or where nothing but ASCII can be printed."""
     train = f"{sys.executable} train.py {config.path} --num_steps 2"
