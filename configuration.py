@@ -110,7 +110,8 @@ class Memory:
         engine: how to run; auto: the first of resident and streaming that fits, or sharded
         precision: of matrix multiplications; weights and optimizer are always fp32; tf32: GPUs
         compile: the blocks with torch.compile; auto: on a GPU with a C++ compiler
-        memory_limit: such as 20GB; null: what the machine or its container has
+        memory_limit: of the device, such as 20GB; null: what it has
+        host_memory: of the machine, such as 2TB; null: nine tenths of what it or its container has
         activation_checkpointing: recompute a block in the backward pass instead of keeping what
             it computed
         stream_to: where the streaming engine keeps weights and optimizer
@@ -125,6 +126,7 @@ class Memory:
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     compile: bool | Auto = "auto"
     memory_limit: Text | None = None
+    host_memory: Text | None = None
     activation_checkpointing: bool | Auto = "auto"
     stream_to: Literal["auto", "ram", "disk"] = "auto"
     stream_dir: Text | None = None

@@ -24,7 +24,6 @@ def main() -> int:
         json=(bool, "print the plan as JSON"),
         device=(str, f"plan for this GPU instead of this machine: {', '.join(DEVICES)}"),
         device_memory=(str, "memory of the device, such as 80GB"),
-        host_memory=(str, "host memory of a machine, such as 2TB, which its GPUs share"),
         disk=(str, "free space where the streaming engine keeps its files, such as 8TB"),
     )
     if config.backend == "CSX" or config.engine == "cerebras":
@@ -39,7 +38,7 @@ def main() -> int:
         print(json.dumps(summary(plan)))
         return 2 if plan.missing else 0
     print("\n".join(table(plans, machine)))
-    if machine.on_gpu and more["host_memory"] is None:
+    if machine.on_gpu and config.host_memory is None:
         each, host = size_text(machine.host), size_text(machine.host * machine.processes)
         print(f"host memory: {each} a GPU, this machine's {host} shared; --host_memory sets it")
     if plan.missing:
@@ -59,7 +58,7 @@ def choose_machine(config: Configuration, more: dict) -> tuple[Configuration, Ma
     """The named device or this machine, and the configuration with its device resolved."""
     given = {
         tier: parse_bytes(more[option], option)
-        for tier, option in (("device", "device_memory"), ("host", "host_memory"), ("disk", "disk"))
+        for tier, option in (("device", "device_memory"), ("disk", "disk"))
         if more[option] is not None
     }
     if more["device"] is not None:
@@ -71,8 +70,6 @@ def choose_machine(config: Configuration, more: dict) -> tuple[Configuration, Ma
         config = resolve_device(config, {})
         gpus = torch.cuda.device_count() if config.backend == "GPU" else config.num_systems
         machine = this_machine(config, min(config.num_systems, gpus))
-    if "host" in given:
-        given["host"] //= machine.processes
     return config, replace(machine, **given)
 
 

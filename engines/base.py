@@ -5,11 +5,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
@@ -179,12 +180,22 @@ def micro_batches(
     config: Configuration, device: torch.device, batch: Batch
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, targets) on the device, micro_batch_size sequences at a time."""
-    for begin in range(0, len(batch.ids), config.micro_batch_size):
-        rows = slice(begin, begin + config.micro_batch_size)
-        cut = [torch.from_numpy(array[rows]) for array in (batch.ids, batch.targets)]
-        if device.type == "cuda":  # a copy from pinned memory does not block
-            cut = [tensor.pin_memory() for tensor in cut]
-        yield tuple(tensor.to(device, non_blocking=True) for tensor in cut)
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (batch.ids, batch.targets)]
+    if device.type == "cuda":  # one copy, which does not block: pin_memory keeps strides, else two
+        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    yield from zip(*(tensor.split(config.micro_batch_size) for tensor in tensors), strict=True)
+
+
+@contextmanager
+def hidden_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hides `.grad` while the model runs forward: torch.compile breaks the graph at a parameter
+    whose gradient has another dtype, as with bf16."""
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    yield
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
 
 
 def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:
@@ -195,8 +206,8 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     if config.compile is True and training:  # an evaluation is over too soon
         options = {"fallback_random": True}  # the same dropout masks as without
-        for block in model.decoder:
-            block.compile(options=options)
+        for block in model.decoder:  # not block.compile(), which FSDP's hooks have Dynamo skip
+            block.forward = torch.compile(block.forward, options=options)
         model.cross_entropy = torch.compile(model.cross_entropy)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from configuration import Configuration
 from dataset import Batch
-from engines.base import Engine, Limits, Report, micro_batches, prepare_compute
+from engines.base import Engine, Limits, Report, hidden_gradients, micro_batches, prepare_compute
 from engines.optimizer import clip_factor, is_applied, make_optimizer, square_sum
 from model import derive_seed
 
@@ -56,7 +56,8 @@ class ResidentEngine(Engine):
         config = self.config
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, (ids, targets) in enumerate(micro_batches(config, self.device, batch)):
-            part = self.model(ids, targets, derive_seed(config.seed, step, i))
+            with hidden_gradients(self.model.parameters()):
+                part = self.model(ids, targets, derive_seed(config.seed, step, i))
             (part / batch.targets.size).backward()
             loss += part.detach()
             progress(min(1.0, (i + 1) * config.micro_batch_size / len(batch.ids)))

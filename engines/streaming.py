@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from configuration import Configuration
 from dataset import Batch
-from engines.base import KINDS, Engine, Limits, Report, micro_batches, prepare_compute
+from engines.base import (
+    KINDS,
+    Engine,
+    Limits,
+    Report,
+    hidden_gradients,
+    micro_batches,
+    prepare_compute,
+)
 from engines.buffers import Activations, Array, record
 from engines.optimizer import Update, clip_factor, decays, is_applied, square_sum
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
@@ -343,7 +351,8 @@ class StreamingEngine(Engine):
         """The gradient of a block's input from that of its output."""
         if self.config.activation_checkpointing:
             x = self.activations.get(layer, i).requires_grad_()
-            y = self._block(layer, x, part)
+            with hidden_gradients(self.model.decoder[layer].parameters()):
+                y = self._block(layer, x, part)
         else:
             x, y = self.graphs.pop((layer, i))
         y.backward(gradient)

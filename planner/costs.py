@@ -26,7 +26,7 @@ LOGIT_BYTES = {
     ("CPU", "bf16"): 24,
 }
 CHUNKED_LOGIT_BYTES = 8  # itself and its gradient in one place, and one in fp32 (loss.py)
-# glibc's heap fragments: multiply temporary memory by this, by reshard_after_forward
+# glibc's heap fragments: multiply temporary memory by this, with and without resharding
 FRAGMENTATION = {True: 2.0, False: 1.2}
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
@@ -193,6 +193,7 @@ def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> 
         inputs = config.depth * boundary
     elif training:
         kept = config.stream_batch_size * block(config).kept_bytes * config.depth
+        kept *= 1 if machine.on_gpu else FRAGMENTATION[False]
     on_host = inputs and config.activation_location == "host"
     on_device = kept + (0 if on_host else inputs)
     lookup = 4 * config.vocab_size * config.width if number == 2 else 0  # in fp32, in Embedding

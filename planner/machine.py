@@ -92,7 +92,7 @@ class Machine:
 def this_machine(config: Configuration, processes: int) -> Machine:
     """This process's share of this machine; config has its backend and precision resolved."""
     gpu = config.backend == "GPU"
-    host = host_memory() // processes
+    host = host_memory(config) // processes
     device = int(0.95 * torch.cuda.mem_get_info()[0]) if gpu else host  # less what fragments
     if config.memory_limit is not None:
         device = parse_bytes(config.memory_limit, "memory_limit")
@@ -143,7 +143,7 @@ def named_machine(name: str, config: Configuration) -> Machine:
         name=name,
         backend="GPU",
         device=parse_bytes(memory, "memory_limit") if memory else int(0.95 * device.memory),
-        host=host_memory() // processes,
+        host=host_memory(config) // processes,
         disk=shutil.disk_usage(store_folder(config)).free,
         program=CUDA_BYTES,
         matmul=device.matmul(config.precision),
@@ -163,8 +163,11 @@ def has_bf16_units() -> bool:
     return units.get("amx_bf16", False) or units.get("avx512_bf16", False)
 
 
-def host_memory() -> int:
-    """Bytes of the machine or its container, whichever has less, without the system's share."""
+def host_memory(config: Configuration | None = None) -> int:
+    """Bytes of the machine or its container, whichever has less, without the system's share; or
+    what is configured."""
+    if config is not None and config.host_memory is not None:
+        return parse_bytes(config.host_memory, "host_memory")
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     if Path("/proc/self/cgroup").is_file():  # Linux; a line `0::/path` names the group
         group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()

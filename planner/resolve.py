@@ -14,6 +14,7 @@ import torch
 from configuration import Configuration
 from engines.store import remove_abandoned
 from planner.costs import OVERLAP, TIERS, Plan
+from planner.measure import block
 from planner.machine import Machine, has_bf16_units, store_folder, this_machine
 from planner.report import refusal
 from planner.search import engine_plan, engine_plans, first_fitting
@@ -41,6 +42,7 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, processe
             return on_cluster(config)
     with suppress(OSError):
         remove_abandoned(store_folder(config))  # before the free space is measured
+    block(config)  # first, as what it imports is part of the program's memory
     machine = this_machine(config, processes)
     plan = best_plan(config, machine, chosen.get("micro_batch_size"), training)
     same_systems = chosen.get("num_systems") == config.num_systems

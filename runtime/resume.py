@@ -16,8 +16,15 @@ from runtime.tokens import Tokens, find_folder
 
 # Keys that may change without a word, and those that the order of the data depends on
 FREE = {
-    *("out_dir", "checkpoint_path", "init_from", "memory_limit", "keep_checkpoints"),
-    *("max_restarts", "step_timeout", "stream_to", "stream_dir", "stream_batch_size"),
+    *("out_dir", "checkpoint_path", "init_from", "memory_limit", "host_memory"),
+    *(
+        "keep_checkpoints",
+        "max_restarts",
+        "step_timeout",
+        "stream_to",
+        "stream_dir",
+        "stream_batch_size",
+    ),
     *("activation_checkpointing", "activation_location", "shard_group_size"),
     *("reshard_after_forward", "offload", "cluster"),
 }

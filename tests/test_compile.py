@@ -53,6 +53,31 @@ def test_one_compilation_serves_all_blocks(dataset):
     assert graphs[0] == graphs[1] > 0
 
 
+BF16 = {"precision": "bf16", "compile": True, "micro_batch_size": 3}  # the last one has 1
+CASES = {
+    "resident": {},
+    "streaming, recomputing": {"engine": "streaming", "activation_checkpointing": True},
+    "streaming, kept": {"engine": "streaming", "activation_checkpointing": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_in_bf16(dataset, tmp_path, case):
+    """No graph break, and as many graphs with 2 blocks as with 6, after step 1 as after step 5."""
+    found = {}
+    for depth, steps in ((2, 1), (6, 1), (2, 5)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        streamed = {"stream_to": "ram", "stream_batch_size": 6, "activation_location": "device"}
+        config = engine_config(depth=depth, out_dir=str(tmp_path), **BF16, **streamed | CASES[case])
+        _, engine = train(config, dataset, steps)
+        engine.close()
+        counters = torch._dynamo.utils.counters
+        assert not counters["graph_break"], dict(counters["graph_break"])
+        found[depth, steps] = counters["stats"]["unique_graphs"]
+    assert len(set(found.values())) == 1, found
+
+
 @pytest.mark.long
 def test_compiled_shards(config, tmp_path):
     seen = {}
