@@ -14,8 +14,8 @@ import torch
 from configuration import Configuration
 from engines.store import remove_abandoned
 from planner.costs import OVERLAP, TIERS, Plan
-from planner.measure import block
 from planner.machine import Machine, has_bf16_units, store_folder, this_machine
+from planner.measure import block
 from planner.report import refusal
 from planner.search import engine_plan, engine_plans, first_fitting
 from runtime.console import UserError
