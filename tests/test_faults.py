@@ -199,7 +199,7 @@ def test_killed_at_every_write(runs, engine, some, tally):
     tally("SIGKILL at a write", engine, len(jobs), SAME)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ALONE, LONG])
 def test_killed_at_random_moments(runs, engine, source, request, tally):
     """Again and again, until it is through; of several systems one."""
     runs = runs(engine)
@@ -645,6 +645,7 @@ def test_what_is_beside_the_training(runs, tally):
     tally("TensorBoard, picture, evaluation fail", "resident", 3, "told; the training went on")
 
 
+@pytest.mark.long
 def test_the_same_run_twice(runs, tally):
     """From the start, bit for bit, in each engine; streaming from RAM and from disk are one."""
     told = {}

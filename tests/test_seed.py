@@ -113,6 +113,7 @@ def test_models_larger_than_the_memory(clone, shakespeare):
         assert "streaming" in worked(type_in(clone, line))
 
 
+@pytest.mark.long
 def test_many_systems(clone, shakespeare):
     line = "python train.py configs/111m.yaml --num_systems 2"
     small = ["--dataset", shakespeare, "--width", "96", "--depth", "1", "--batch_size", "2"]
@@ -141,7 +142,11 @@ def test_commands_that_this_machine_refuses(clone):
         words = [*shlex.split(line)[1:], "--out_dir", "fresh"]
         done = subprocess.run([sys.executable, *words], cwd=clone, text=True, capture_output=True)
         refused(done, "engine: cerebras needs the package cerebras_pytorch")
-    line = "python train.py configs/70b.yaml --num_systems 16"
-    refused(type_in(clone, line, "--out_dir", "fresh"), "this model does not fit: with the sharded")
     line = "python eval.py configs/70b.yaml --checkpoint_path /path/to/checkpoint.mdl"
     refused(type_in(clone, line), "there is no such checkpoint")
+
+
+@pytest.mark.long
+def test_many_systems_that_this_machine_refuses(clone):
+    line = "python train.py configs/70b.yaml --num_systems 16"
+    refused(type_in(clone, line, "--out_dir", "fresh"), "this model does not fit: with the sharded")

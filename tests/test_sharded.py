@@ -107,7 +107,7 @@ CUTS = {
 @pytest.mark.parametrize(
     "cut",
     [
-        pytest.param(cut, marks=pytest.mark.long if cut[0] == "4" or "again" in cut else ())
+        pytest.param(cut, marks=pytest.mark.long if cut[0] != "2" or "again" in cut else ())
         for cut in CUTS
     ],
 )

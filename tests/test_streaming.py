@@ -393,6 +393,7 @@ def test_bad_folders(run, config, tmp_path):
     refused(run("train", config.path, *FLAGS, "--stream_dir", "/proc"), "/proc can't be written to")
 
 
+@pytest.mark.long
 def test_what_does_not_fit_in_memory(config):
     flags = ["--width", 256, "--engine", "streaming", "--memory_limit", "1GB"]
     ram = [*flags, "--stream_to", "ram", "--depth", 64]
