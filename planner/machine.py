@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from configuration import Configuration
+from planner.measure import block
 from runtime.console import UserError, short
 from runtime.files import replacing
 
@@ -92,6 +93,7 @@ class Machine:
 def this_machine(config: Configuration, processes: int) -> Machine:
     """This process's share of this machine; config has its backend and precision resolved."""
     gpu = config.backend == "GPU"
+    block(config)  # first, as what it imports is part of the program's memory
     host = host_memory(config) // processes
     device = int(0.95 * torch.cuda.mem_get_info()[0]) if gpu else host  # less what fragments
     if config.memory_limit is not None:

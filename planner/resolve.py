@@ -15,7 +15,6 @@ from configuration import Configuration
 from engines.store import remove_abandoned
 from planner.costs import OVERLAP, TIERS, Plan
 from planner.machine import Machine, has_bf16_units, store_folder, this_machine
-from planner.measure import block
 from planner.report import refusal
 from planner.search import engine_plan, engine_plans, first_fitting
 from runtime.console import UserError
@@ -42,14 +41,13 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, processe
             return on_cluster(config)
     with suppress(OSError):
         remove_abandoned(store_folder(config))  # before the free space is measured
-    block(config)  # first, as what it imports is part of the program's memory
     machine = this_machine(config, processes)
     plan = best_plan(config, machine, chosen.get("micro_batch_size"), training)
     same_systems = chosen.get("num_systems") == config.num_systems
     if same_systems and plan.config.engine == chosen.get("engine") != "resident":
         kept = {k: chosen[k] for k in ROUNDING if getattr(config, k) in (None, "auto")}
         if (config.micro_batch_size or 0) > (kept.get("stream_batch_size") or config.batch_size):
-            del kept["stream_batch_size"]  # what is configured comes first
+            kept.pop("stream_batch_size", None)  # what is configured comes first
         again = replace(config, engine=plan.config.engine, **kept)
         same = engine_plan(again, machine, chosen.get("micro_batch_size"), training)
         plan = plan if same.missing else same

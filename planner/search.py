@@ -79,8 +79,9 @@ def _choices(config: Configuration, machine: Machine, training: bool) -> Iterato
     free = {k: v for k, v in values.items() if getattr(config, k) in ("auto", None)}
     for choice in product(*free.values()):
         chosen = replace(config, **dict(zip(free, choice, strict=True)))
-        # activations that are kept can't be on the host
-        if chosen.activation_location != "host" or chosen.activation_checkpointing is True:
+        # only the inputs of recomputed blocks can be on the host
+        useless = chosen.activation_location == "host" and not chosen.activation_checkpointing
+        if not useless or "activation_location" not in free:
             yield chosen
 
 

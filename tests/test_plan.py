@@ -183,6 +183,20 @@ def test_a_disk_that_cannot_be_measured_is_not_remembered(run, config, monkeypat
     refused(seen, "can't be written to (No space left on device); use another")
 
 
+def test_a_location_that_is_of_no_use(run, config):
+    """Without recomputation there is nothing to keep in host memory, and that is no error."""
+    flags = ["--engine", "streaming", "--activation_checkpointing", "false"]
+    assert run("plan", config.path, *flags, "--activation_location", "host").status == 0
+
+
+def test_a_resumed_run_with_a_micro_batch_above_the_batch(run, config):
+    streamed = ["--engine", "streaming", "--stream_to", "ram", "--stream_batch_size", 2]
+    assert run("train", config.path, *streamed, "--num_steps", 3).status == 0
+    flags = ["--micro_batch_size", 8, "--checkpoint_path", "latest"]
+    seen = run("train", config.path, *streamed, *flags)
+    assert seen.status == 0, seen.err
+
+
 @pytest.mark.parametrize("flags", [["--stream_batch_size", 2], ["--micro_batch_size", 4]])
 def test_a_streaming_run_is_cut_in_another_way(run, config, flags):
     streamed = ["--engine", "streaming", "--stream_to", "ram"]
