@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
-from engines.optimizer import MOMENTS, SPIKE_STEPS, is_applied, learning_rate, spike_limits
+from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
 from model import GPT, IGNORE
+from runtime.checkpoint import KINDS
 
 INIT_BYTES = 4e9  # of layers that are drawn at a time
 LOSS_ROWS = {"CPU": 1024, "GPU": 4096}  # positions whose logits exist at one time
-KINDS = ("", *(f"{moment}." for moment in MOMENTS))  # prefixes of the names of tensors
 Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
 Report = Callable[[float], None]  # is called with the fraction of a step that is done
 Watch = Callable[[Iterable], Iterable]  # yields the same items, and shows how many are done
@@ -50,7 +51,7 @@ class Engine:
 
     Tensors have the same names in every engine: those of the model's parameters, and the same with
     the prefixes `exp_avg.` and `exp_avg_sq.` for Adam's moments. An engine implements `step` and
-    `sum_losses`, and `put`, `ready` and `get` for its tensors.
+    `sum_losses`; it has `weights` by name and a torch `optimizer`, or its own `put` and `get`.
     """
 
     rank, size = 0, 1  # of the processes that share a batch
@@ -67,6 +68,7 @@ class Engine:
             layer: [f"{layer}.{name}" for name, _ in module.named_parameters()]
             for layer, module in self.model.layers().items()
         }
+        self.saved_layers, self.file_suffix = list(self.layers), ""  # of this process's files
 
     # What an engine implements
 
@@ -81,17 +83,35 @@ class Engine:
         """The sum of the losses of a batch, fp64."""
         raise NotImplementedError
 
-    def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
-        """Stores a layer's tensors of one kind, whole ones on the CPU or those that `rows` cuts.
-        Several threads may call it, each for another layer."""
-        raise NotImplementedError
-
     def ready(self) -> None:
         """Called once when all tensors were put; optimizer_steps is set."""
 
+    @torch.no_grad()
+    def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
+        """Stores a layer's tensors of one kind, whole ones on the CPU or those that `rows` cuts.
+        Several threads may call it, each for another layer."""
+        for name, tensor in tensors.items():
+            weight = target = self.weights[name]
+            if kind != "":
+                state = self.optimizer.state[weight]
+                state["step"] = torch.tensor(float(self.optimizer_steps), device=weight.device)
+                target = state[kind.removesuffix(".")] = torch.zeros_like(weight)
+            self.local(target).copy_(tensor)
+
     def get(self, layer: str, kind: str) -> dict[str, Tensor]:
-        """A layer's tensors of one kind, on the CPU."""
-        raise NotImplementedError
+        """A layer's tensors of one kind, on the CPU; moments are zeros before the first update."""
+        found = {}
+        for name in self.layers[layer]:
+            target = weight = self.weights[name]
+            if kind != "":
+                state = self.optimizer.state.get(weight)
+                target = state[kind.removesuffix(".")] if state else torch.zeros_like(weight)
+            found[name] = self.local(target).cpu()
+        return found
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """What this process has of a tensor."""
+        return tensor.detach()
 
     def rows(self, name: str) -> slice | None:
         """The rows of a tensor that this process stores; None: all."""
@@ -138,11 +158,10 @@ class Engine:
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(name of a file, its tensors on the CPU), one kind of tensors of one layer at a time;
         with several processes the rows of each, in the order of their ranks."""
-        for layer in self.layers:
-            for kind in KINDS:
-                tensors = self.get(layer, kind)
-                yield kind + layer, {kind + name: tensor for name, tensor in tensors.items()}
-                del tensors  # before the next are made
+        for layer, kind in product(self.saved_layers, KINDS):
+            tensors = {kind + name: tensor for name, tensor in self.get(layer, kind).items()}
+            yield kind + layer + self.file_suffix, tensors
+            del tensors  # before the next are made
 
     def run(self, data: TrainData, start: int, stop: int, progress: Report) -> Iterator[StepStats]:
         """Trains from step start to stop and yields each step in order, possibly late."""

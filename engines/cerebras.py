@@ -43,6 +43,7 @@ from engines.optimizer import (
     parameter_groups,
 )
 from model import GPT, IGNORE, derive_seed
+from runtime.checkpoint import write_error
 from runtime.console import UserError
 
 PROGRAM = Path(__file__).resolve().parents[1]
@@ -205,7 +206,7 @@ class CerebrasEngine(Engine):
 
         schedule = cstorch.utils.data.utils.Schedule
         executor = cstorch.utils.data.DataExecutor(
-            self._loader(partial(read_step, data), range(start, end)),
+            self._loader(data.get, range(start, end)),
             num_steps=end - start,
             checkpoint_steps=schedule(
                 [schedule.Range(step - start - 1, step - start, 1, False) for step in due]
@@ -322,8 +323,6 @@ def open_backend(config: Configuration, folder: Path) -> cstorch.backend:
         csx.performance.micro_batch_size = config.micro_batch_size or "auto"
         csx.debug.compile_crd_memory_gi = cluster.compile_crd_memory_gi
         csx.debug.execute_crd_memory_gi = cluster.execute_crd_memory_gi
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(f"cluster: {error}") from None
     backend = cstorch.backend(
@@ -372,10 +371,6 @@ def answering(executor: cstorch.utils.data.DataExecutor) -> Iterator:
         raise UserError(f"cluster: {text}") from error
 
 
-def read_step(data: TrainData, step: int) -> Batch:
-    return data.get(step)
-
-
 def read_sequences(data: EvalData, count: int, step: int) -> Batch:
     return data.get(step * count, count)
 
@@ -416,13 +411,6 @@ def read_batches(
         return tuple(torch.from_numpy(array[rows]).to(dtype) for array in (ids, targets))
 
     return torch.utils.data.DataLoader(Steps(get), None, sampler=mine, collate_fn=convert)
-
-
-def write_error(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path} could not be written ({reason}); free some space and resume with "
-        f"--checkpoint_path latest: earlier checkpoints are complete"
-    )
 
 
 def beta_power(beta: float, count: int) -> np.float32:

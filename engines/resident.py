@@ -22,33 +22,12 @@ class ResidentEngine(Engine):
         self.weights = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(config, self.weights.values()) if training else None
 
-    def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            weight = self.weights[name].detach()
-            if kind == "":
-                weight.copy_(tensor)
-            else:
-                state = self.optimizer.state[self.weights[name]]
-                state["step"] = torch.tensor(float(self.optimizer_steps), device=self.device)
-                state[kind.removesuffix(".")] = torch.empty_like(weight).copy_(tensor)
-
     def ready(self) -> None:
         if self.config.precision == "bf16":
             self.model = copy.deepcopy(self.model).bfloat16()
             for parameter in self.model.parameters():
                 parameter.grad_dtype = torch.float32  # bf16 sums of micro-batches lose digits
         prepare_compute(self.config, self.model, self.training)
-
-    def get(self, layer: str, kind: str) -> dict[str, Tensor]:
-        weights = {name: self.weights[name] for name in self.layers[layer]}
-        if kind == "":
-            return {name: weight.detach().cpu() for name, weight in weights.items()}
-        moments = {name: self.optimizer.state[weight] for name, weight in weights.items()}
-        kind = kind.removesuffix(".")
-        return {  # before the first step there are none
-            name: state[kind].cpu() if state else torch.zeros(weights[name].shape)
-            for name, state in moments.items()
-        }
 
     def step(
         self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report

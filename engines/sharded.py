@@ -6,10 +6,8 @@ summed over the processes, so that the results do not depend on how many there a
 """
 
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
-from itertools import product
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configuration import Configuration
 from dataset import Batch, EvalData
-from engines.base import KINDS, Engine, Limits, Report, Watch, micro_batches, prepare_compute
+from engines.base import Engine, Limits, Report, Watch, micro_batches, prepare_compute
 from engines.optimizer import clip_factor, is_applied, make_optimizer, square_sum
 from model import IGNORE, derive_seed
 
@@ -44,6 +42,9 @@ class ShardedEngine(Engine):
         self.shards = config.shard_group_size
         # shards of a copy are neighbours, on one machine if they fit there
         self.replica, self.shard = divmod(self.rank, self.shards)
+        # each copy of the weights saves its share of the layers
+        self.saved_layers = self.saved_layers[self.replica :: self.size // self.shards]
+        self.file_suffix = f".{self.shard + 1}-of-{self.shards}"
         self.sequences = -(-config.batch_size // self.size)  # of the process that has most
         prepare_compute(config, self.model, training)
         self._shard()
@@ -90,39 +91,14 @@ class ShardedEngine(Engine):
         begin = min(self.shard * rows, count)
         return slice(begin, min(begin + rows, count))
 
-    @torch.no_grad()
-    def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
-        for name, rows in tensors.items():
-            weight, target = self.weights[name], self.weights[name]
-            if kind != "":
-                state = self.optimizer.state[weight]
-                state["step"] = torch.tensor(float(self.optimizer_steps), device=weight.device)
-                target = state[kind.removesuffix(".")] = torch.zeros_like(weight)
-            _local(target).copy_(rows)
-
-    def get(self, layer: str, kind: str) -> dict[str, Tensor]:
-        weights = {name: self.weights[name] for name in self.layers[layer]}
-        if kind == "":
-            return {name: _local(weight).cpu() for name, weight in weights.items()}
-        states = {name: self.optimizer.state.get(weight) for name, weight in weights.items()}
-        kind = kind.removesuffix(".")
-        return {  # before the first step there are none
-            name: _local(state[kind]).cpu() if state else torch.zeros_like(_local(weights[name]))
-            for name, state in states.items()
-        }
-
-    def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """This process's shards; each copy of the weights yields its share of the layers."""
-        mine = list(self.layers)[self.replica :: self.size // self.shards]
-        for layer, kind in product(mine, KINDS):
-            tensors = {kind + name: tensor for name, tensor in self.get(layer, kind).items()}
-            yield f"{kind}{layer}.{self.shard + 1}-of-{self.shards}", tensors
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to_local()
 
     def step(
         self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report
     ) -> tuple[float, float]:
         loss = self._accumulate(self._pad(batch), step, progress)
-        squares = square_sum([_local(weight.grad) for weight in self.weights.values()])
+        squares = square_sum([self.local(weight.grad) for weight in self.weights.values()])
         # one sum over the processes; every copy has the same gradients
         sums = torch.stack([loss, squares.to(self.device) * self.shards / self.size])
         dist.all_reduce(sums, group=self.group)
@@ -175,8 +151,3 @@ class ShardedEngine(Engine):
     def close(self) -> None:
         self.model = self.optimizer = None
         self.weights.clear()
-
-
-def _local(sharded: Tensor) -> Tensor:
-    """What this process has of it."""
-    return sharded.detach().to_local()

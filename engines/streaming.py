@@ -23,19 +23,12 @@ from torch import Tensor, nn
 
 from configuration import Configuration
 from dataset import Batch
-from engines.base import (
-    KINDS,
-    Engine,
-    Limits,
-    Report,
-    hidden_gradients,
-    micro_batches,
-    prepare_compute,
-)
+from engines.base import Engine, Limits, Report, hidden_gradients, micro_batches, prepare_compute
 from engines.buffers import Activations, Array, record
 from engines.optimizer import Update, clip_factor, decays, is_applied, square_sum
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
 from model import derive_seed
+from runtime.checkpoint import KINDS
 from runtime.console import UserError
 
 AHEAD = 2  # chunks that are read, or on their way to the device, while one is in use

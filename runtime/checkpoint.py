@@ -189,10 +189,14 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} could not be written ({error}); free some space and resume with "
-            f"--checkpoint_path latest: earlier checkpoints are complete"
-        ) from None
+        raise write_error(path, error) from None
+
+
+def write_error(path: Path, reason: object) -> UserError:
+    return UserError(
+        f"{path} could not be written ({reason}); free some space and resume with "
+        f"--checkpoint_path latest: earlier checkpoints are complete"
+    )
 
 
 def _write(folder: Path, name: str, members: dict[str, Tensor]) -> tuple[str, dict, dict]:

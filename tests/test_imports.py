@@ -12,7 +12,7 @@ LADDER = [  # the ground first
     *("cluster", "configuration", "runtime.arguments", "runtime.checkpoint"),
     *("engines.optimizer", "engines.base", "engines.buffers", "engines.store"),
     *("engines.resident", "engines.streaming", "engines.sharded", "engines.cerebras", "engines"),
-    *("planner.machine", "planner.measure", "planner.costs", "planner.search", "planner.report"),
+    *("planner.measure", "planner.machine", "planner.costs", "planner.search", "planner.report"),
     *("planner.resolve", "runtime.launch", "runtime.distributed", "runtime.metrics"),
     *("runtime.huggingface", "runtime.generation", "runtime.resume"),
 ]

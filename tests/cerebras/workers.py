@@ -20,7 +20,7 @@ from cerebras.pytorch.utils.data.streamer.pytorch_generator import InputGenerato
 
 
 def send(file: str, split: str) -> None:
-    from engines.cerebras import make_cluster_config, read_batches, read_sequences, read_step
+    from engines.cerebras import make_cluster_config, read_batches, read_sequences
     from planner.resolve import resolve
     from runtime.arguments import parse_configuration
     from runtime.distributed import Group
@@ -28,7 +28,7 @@ def send(file: str, split: str) -> None:
 
     config = resolve(parse_configuration("")[0], {}).config
     train, val = Start(config).open_data(config, Group())
-    get, steps = partial(read_step, train), range(3, 9)
+    get, steps = train.get, range(3, 9)
     if split == "val":
         get = partial(read_sequences, val, config.batch_size)
         steps = range(-(-len(val) // config.batch_size))
