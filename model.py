@@ -146,6 +146,7 @@ class GPT(nn.Module):
 
     loss_rows = 1024  # positions whose logits exist at one time
     cross_entropy = staticmethod(cross_entropy)
+    head_linear = staticmethod(F.linear)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -191,7 +192,7 @@ class GPT(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """(..., width) -> logits (..., vocab_size). `loss` overwrites them with their gradient: the
         last operation must not be one whose own gradient needs its result, such as a tanh."""
-        return F.linear(self.norm(x), self.embedding.tokens.weight)
+        return self.head_linear(self.norm(x), self.embedding.tokens.weight)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The last block's output (batch, length, width), targets (batch, length) -> the sum, not

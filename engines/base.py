@@ -12,15 +12,17 @@ from itertools import product
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
+from loss import aligned_linear
 from model import GPT, IGNORE
 from runtime.checkpoint import KINDS
 
 INIT_BYTES = 4e9  # of layers that are drawn at a time
-LOSS_ROWS = {"CPU": 1024, "GPU": 4096}  # positions whose logits exist at one time
+LOSS_ROWS = {"CPU": 1024, "GPU": 8192}  # positions whose logits exist at one time
 Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
 Report = Callable[[float], None]  # is called with the fraction of a step that is done
 Watch = Callable[[Iterable], Iterable]  # yields the same items, and shows how many are done
@@ -220,14 +222,30 @@ def hidden_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:
     """Sets what makes a placed model faster on its device; `compile`: the blocks share one
     compilation, and the loss has another."""
-    model.loss_rows = LOSS_ROWS[config.backend]
+    model.loss_rows, model.head_linear = LOSS_ROWS[config.backend], aligned_linear
     if config.backend == "GPU":
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    if config.compile is True and training:  # an evaluation is over too soon
+    if not training:  # an evaluation is over too soon to compile
+        return
+    # not block.compile(), which FSDP's hooks have Dynamo skip; each wraps the one before it
+    if config.activation_checkpointing is True and config.engine != "resident":
+        for block in model.decoder:
+            block.forward = recomputed(block.forward)
+    if config.compile is True:
         options = {"fallback_random": True}  # the same dropout masks as without
-        for block in model.decoder:  # not block.compile(), which FSDP's hooks have Dynamo skip
+        for block in model.decoder:
             block.forward = torch.compile(block.forward, options=options)
         model.cross_entropy = torch.compile(model.cross_entropy)
+
+
+def recomputed(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A block that keeps its input alone for its backward pass, which runs it again as far as is
+    needed: not its last product, whose result nobody asks for."""
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(forward, x, use_reentrant=False)
+
+    return run
 
 
 def wait_for(futures: list[Future], progress: Watch = iter) -> None:

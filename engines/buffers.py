@@ -1,4 +1,4 @@
-"""Memory of the streaming engine that is allocated once, outside the heap."""
+"""Memory that the streaming engine holds for the whole run, and what passes through it."""
 
 import math
 import mmap
@@ -10,13 +10,22 @@ from torch import Tensor
 
 from configuration import Configuration
 
+AHEAD = 2  # chunks or activations on their way while one is in use
+
+
+def is_separate(device: torch.device) -> bool:
+    """Whether the device has memory of its own, and streams that run beside the host."""
+    return device.type != "cpu"
+
 
 class Array:
     """A flat array of zeros whose memory can be freed, and allocated again, under its views. Its
     content is then undefined.
 
     On a CPU it is mapped on its own, in huge pages: large arrays fragment the heap, and small pages
-    are slow to allocate.
+    are slow to allocate. `pinned`: a GPU copies from and to it without waiting for the host. Memory
+    that CUDA allocates itself would be rounded up to a power of two, and some file systems refuse
+    to read into it directly.
     """
 
     def __init__(
@@ -24,13 +33,15 @@ class Array:
         size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008
+        pinned: bool = False,
     ):
-        self.bytes, self.memory = size * dtype.itemsize, None
+        self.bytes, self.memory, self.pinned = size * dtype.itemsize, None, False
         if device.type == "cpu":
             self.memory = mmap.mmap(-1, self.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # a kernel without huge pages
                 self.memory.madvise(mmap.MADV_HUGEPAGE)
             self.tensor = torch.frombuffer(self.memory, dtype=dtype)
+            self.pinned = pinned and pin(self.tensor)
         else:
             self.tensor = torch.zeros(size, dtype=dtype, device=device)
 
@@ -44,62 +55,107 @@ class Array:
         if self.memory is None:
             self.tensor.untyped_storage().resize_(self.bytes)
 
+    def unpin(self) -> None:
+        """Must be called, when no copy is under way, before the memory goes."""
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self.pinned = False
 
-class Activations:
-    """The inputs of the blocks in a pass, in arrays that are made once: on the device or, with
-    `activation_location: host`, in pinned host memory, from where each is copied back while the one
-    before it is in use."""
+
+def pin(tensor: Tensor) -> bool:
+    """Registers host memory with CUDA; False where the system does not allow so much, and copies
+    are slower then."""
+    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    return int(status) == 0
+
+
+class Staging:
+    """Device memory for chunks on their way, used in turns. On a CPU a chunk stays where it is."""
+
+    def __init__(self, numbers: int, kinds: int, device: torch.device):
+        self.streams = torch.get_device_module(device)
+        self.copying = self.streams.Stream(priority=-1)
+        self.slots = deque()
+        if is_separate(device):
+            for _ in range(AHEAD + 1):
+                memory = torch.zeros(kinds * numbers, device=device)
+                self.slots.append((memory, record(self.streams, self.streams.current_stream())))
+
+    def bring(self, data: Tensor) -> Tensor:
+        """A copy of a chunk's numbers, (kinds, count), complete for the stream that is current.
+        `give_back` must follow."""
+        if not self.slots:
+            return data
+        memory, free = self.slots[0]
+        self.copying.wait_event(free)
+        with self.streams.stream(self.copying):
+            here = memory[: data.numel()].view_as(data).copy_(data, non_blocking=True)
+        self.streams.current_stream().wait_event(record(self.streams, self.copying))
+        return here
+
+    def give_back(self, done: object) -> None:
+        """Ends the use of what was brought last, after the event `done`."""
+        if self.slots:
+            memory, _ = self.slots.popleft()
+            self.slots.append((memory, done))
+
+
+class HostActivations:
+    """The inputs of recomputed blocks in a pass, in pinned host memory. Each is copied back into
+    the tensor that it came from, whose memory was freed, while the one before it is in use."""
 
     def __init__(self, config: Configuration, device: torch.device, dtype: torch.dtype):
-        self.device, self.streams = device, torch.get_device_module(device)
-        self.host_to_device, self.device_to_host = self.streams.Stream(), self.streams.Stream()
-        self.kept: dict[tuple[int, int], Tensor] = {}
-        self.stored: dict[tuple[int, int], object] = {}  # events after which they are complete
-        self.coming: dict[tuple[int, int], tuple[Tensor, object]] = {}
+        self.streams = torch.get_device_module(device)
+        self.copy_in, self.copy_out = self.streams.Stream(), self.streams.Stream()
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor, object]] = {}
+        self.coming: dict[tuple[int, int], object] = {}
         self.leaving: deque[tuple[Tensor, object]] = deque()
-        self.rows, self.on_host = config.micro_batch_size, config.activation_location == "host"
+        self.rows = config.micro_batch_size
         shape = (config.stream_batch_size, config.sequence_length, config.width)
-        if self.on_host and device.type == "cuda":
-            layers = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(config.depth)]
-        else:
-            size = math.prod(shape)
-            layers = [Array(size, dtype, device).tensor.view(shape) for _ in range(config.depth)]
-        self.layers = layers
+        self.arrays = [
+            Array(math.prod(shape), dtype, pinned=device.type == "cuda")
+            for _ in range(config.depth)
+        ]
+        self.layers = [array.tensor.view(shape) for array in self.arrays]
 
     def put(self, layer: int, i: int, x: Tensor) -> None:
-        """Keeps the input of a block for the i-th micro-batch."""
+        """Takes the input of a block for the i-th micro-batch, and frees its memory once the
+        compute stream has used it."""
         place = self.layers[layer][i * self.rows : i * self.rows + len(x)]
-        self.kept[layer, i] = place
-        if not self.on_host:
-            place.copy_(x)
-            return
-        self.device_to_host.wait_event(record(self.streams, self.streams.current_stream()))
-        with self.streams.stream(self.device_to_host):
+        self.copy_out.wait_event(record(self.streams, self.streams.current_stream()))
+        with self.streams.stream(self.copy_out):
             place.copy_(x, non_blocking=True)
-        self.stored[layer, i] = record(self.streams, self.device_to_host)
-        self.leaving.append((x, self.stored[layer, i]))
-        while self.leaving and self.leaving[0][1].query():  # not to be freed before
-            self.leaving.popleft()
+        self.kept[layer, i] = (x, place, record(self.streams, self.copy_out))
+        self.leaving.append((layer, i))
+        if len(self.leaving) > AHEAD:
+            self._free(self.leaving.popleft())
 
-    def get(self, layer: int, i: int) -> Tensor:
-        """What was put, once."""
-        if not self.on_host:
-            return self.kept.pop((layer, i)).detach()
-        x, there = self.coming.pop((layer, i), None) or self._fetch((layer, i))
+    def _free(self, key: tuple[int, int]) -> None:
+        x, _, there = self.kept[key]
+        self.streams.current_stream().wait_event(there)
+        x.untyped_storage().resize_(0)
+
+    def get(self, layer: int, i: int) -> None:
+        """Brings back what was put, once."""
+        while self.leaving:
+            self._free(self.leaving.popleft())
+        there = self.coming.pop((layer, i), None) or self._fetch((layer, i))
         if self.kept:
             following = min(self.kept, key=lambda place: (-place[0], place[1]))
             self.coming[following] = self._fetch(following)
         self.streams.current_stream().wait_event(there)
-        return x
 
-    def _fetch(self, key: tuple[int, int]) -> tuple[Tensor, object]:
-        place = self.kept.pop(key)
-        x = torch.empty_like(place, device=self.device)
-        self.host_to_device.wait_event(record(self.streams, self.streams.current_stream()))
-        self.host_to_device.wait_event(self.stored.pop(key))
-        with self.streams.stream(self.host_to_device):
+    def _fetch(self, key: tuple[int, int]) -> object:
+        x, place, _ = self.kept.pop(key)
+        x.untyped_storage().resize_(x.nbytes)
+        self.copy_in.wait_event(record(self.streams, self.streams.current_stream()))
+        with self.streams.stream(self.copy_in):
             x.copy_(place, non_blocking=True)
-        return x, record(self.streams, self.host_to_device)
+        return record(self.streams, self.copy_in)
+
+    def close(self) -> None:
+        for array in self.arrays:
+            array.unpin()
 
 
 def record(streams, stream) -> object:

@@ -114,7 +114,7 @@ class Update:
             weight, exp_avg, exp_avg_sq, gradient = ([row] for row in piece)
             adamw(
                 *(weight, gradient, exp_avg, exp_avg_sq, []),
-                [torch.tensor(self.number - 1.0, device=state.device)],
+                [torch.full((), self.number - 1.0, device=state.device)],
                 fused=True,
                 amsgrad=False,
                 beta1=BETAS[0],

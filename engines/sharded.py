@@ -7,7 +7,6 @@ summed over the processes, so that the results do not depend on how many there a
 
 import os
 from datetime import timedelta
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 from configuration import Configuration
 from dataset import Batch, EvalData
@@ -59,8 +57,6 @@ class ShardedEngine(Engine):
         if config.offload:
             policy["offload_policy"] = CPUOffloadPolicy()
         for block in self.model.decoder:
-            if config.activation_checkpointing and self.training:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             fully_shard(block, reshard_after_forward=config.reshard_after_forward, **policy)
         fully_shard(self.model, reshard_after_forward=False, **policy)
         for module in self._fsdp_modules():  # sums, where it would average

@@ -1,8 +1,8 @@
 """The parameter store of the streaming engine: in host RAM or in files, a chunk at a time.
 
 Each layer of the model has four fp32 arrays, the kinds: weight, exp_avg, exp_avg_sq, gradient. They
-are cut into chunks of CHUNK numbers; a chunk has its numbers of every kind, one after the other, so
-any neighbouring kinds move in one piece.
+are cut into chunks; a chunk has its numbers of every kind, one after the other, so any neighbouring
+kinds move in one piece.
 """
 
 import os
@@ -20,14 +20,16 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from engines.buffers import Array
 from runtime.console import UserError
 from runtime.files import locked
 
-CHUNK = 4 * 2**20  # numbers of a kind that move at a time: 16 MB, 64 MB of all four
+# Numbers of a kind that move at a time: 128 MB to a GPU at full rate, 16 MB to a disk's queue
+CHUNK = {"ram": 32 * 2**20, "disk": 4 * 2**20}
 BUFFERS = 6  # chunks that are on their way from or to the disk at a time
 WEIGHT, STATE, GRADIENT, ALL = slice(0, 1), slice(0, 3), slice(3, 4), slice(0, 4)
 PAGE = 4096  # bytes: what direct input and output is aligned to
-THREADS = 4
+THREADS = 2  # that read, and as many that write
 
 
 def padded(count: int) -> int:
@@ -48,94 +50,81 @@ class Chunk:
 
 
 class Store:
-    """What both stores share: chunks that are given back are written by other threads.
+    """What both stores share: a chunk that is given back may be changed and is written later.
 
     sizes: numbers of each layer, padded.
     """
 
-    def __init__(self, sizes: dict[str, int]):
-        self.sizes = sizes
-        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
-        self.written: dict[str, list[Future]] = defaultdict(list)
+    def __init__(self, sizes: dict[str, int], chunk: int):
+        self.sizes, self.chunk = sizes, chunk
+        self.written = defaultdict(list)  # events or futures, by layer
         self.mutex = Lock()  # of `written`, which the engine's threads share
 
     def spans(self, layer: str) -> list[tuple[int, int]]:
         """(begin, end) of each chunk of a layer."""
         size = self.sizes[layer]
-        return [(begin, min(begin + CHUNK, size)) for begin in range(0, size, CHUNK)]
+        return [(begin, min(begin + self.chunk, size)) for begin in range(0, size, self.chunk)]
 
     def buffer(self, layer: str, index: int, kinds: slice) -> Chunk:
         """A chunk to be filled; waits until a buffer is free."""
         raise NotImplementedError
 
-    def _read(self, chunk: Chunk) -> Chunk:
-        """Fills a chunk and returns it."""
-        return chunk
-
-    def _write(self, chunk: Chunk, kinds: slice) -> None:
-        """Writes the first kinds of a chunk."""
-
-    def _free(self, chunk: Chunk) -> None:
-        """Takes back the buffer."""
-
     def read(self, layer: str, index: int, kinds: slice) -> "Future[Chunk]":
         """A chunk as it was written last, soon; `wait` comes first."""
-        chunk = self.buffer(layer, index, kinds)
+        raise NotImplementedError
 
-        def fill() -> Chunk:
-            try:
-                return self._read(chunk)
-            except UserError:
-                self._free(chunk)
-                raise
-
-        return self.threads.submit(fill)
-
-    def give_back(self, chunk: Chunk, after, write: slice | None = None) -> None:
+    def give_back(self, chunk: Chunk, after: object, write: slice | None = None) -> None:
         """Ends the use of a chunk once the event `after` has passed; `write` are the kinds (counted
         from the chunk's first) that have changed."""
+        raise NotImplementedError
 
-        def finish() -> None:
-            try:
-                after.synchronize()
-                if write is not None:
-                    self._write(chunk, write)
-            finally:
-                self._free(chunk)
-
-        with self.mutex:
-            self.written[chunk.layer].append(self.threads.submit(finish))
+    def _settle(self, written: object) -> None:
+        """Waits for one of `written`."""
+        raise NotImplementedError
 
     def wait(self, layer: str) -> None:
         """Waits until all that was given back of a layer is written; raises what went wrong."""
         with self.mutex:
-            futures = list(self.written[layer])
-        for future in futures:
-            future.result()
+            pending = list(self.written[layer])
+        for one in pending:
+            self._settle(one)
         with self.mutex:  # only now: another thread that waits must wait for them too
-            pending = self.written[layer]
-            self.written[layer] = [future for future in pending if future not in futures]
-
-    def close(self) -> None:
-        self.threads.shutdown(cancel_futures=True)
+            self.written[layer] = [one for one in self.written[layer] if one not in pending]
 
 
 class RamStore(Store):
-    """In host RAM; pinned if a GPU reads it: pinned memory comes in powers of two, as chunks do."""
+    """In host RAM; pinned if a GPU reads it."""
 
     def __init__(self, sizes: dict[str, int], kinds: int, pin: bool):
-        super().__init__(sizes)
+        super().__init__(sizes, CHUNK["ram"])
+        self.kinds = kinds
         try:
-            self.chunks = {
-                layer: [torch.zeros(kinds, e - b, pin_memory=pin) for b, e in self.spans(layer)]
-                for layer in sizes
-            }
-        except RuntimeError as error:  # torch's way to say that there is no memory
-            reason = str(error).splitlines()[0]
-            raise UserError(f"host memory: {reason}; use --stream_to disk") from None
+            self.arrays = {layer: Array(size * kinds, pinned=pin) for layer, size in sizes.items()}
+        except OSError as error:
+            raise UserError(f"host memory: {error.strerror}; use --stream_to disk") from None
+        self.pinned = all(array.pinned for array in self.arrays.values())
 
     def buffer(self, layer: str, index: int, kinds: slice) -> Chunk:
-        return Chunk(layer, index, kinds, self.chunks[layer][index][kinds])
+        begin, end = self.spans(layer)[index]
+        rows = self.arrays[layer].tensor[begin * self.kinds : end * self.kinds]
+        return Chunk(layer, index, kinds, rows.view(self.kinds, -1)[kinds])
+
+    def read(self, layer: str, index: int, kinds: slice) -> "Future[Chunk]":
+        future = Future()
+        future.set_result(self.buffer(layer, index, kinds))
+        return future
+
+    def give_back(self, chunk: Chunk, after: object, write: slice | None = None) -> None:
+        if write is not None:
+            with self.mutex:
+                self.written[chunk.layer].append(after)
+
+    def _settle(self, written: object) -> None:
+        written.synchronize()
+
+    def close(self) -> None:
+        for array in self.arrays.values():
+            array.unpin()
 
 
 class DiskStore(Store):
@@ -147,10 +136,15 @@ class DiskStore(Store):
     """
 
     def __init__(self, sizes: dict[str, int], kinds: int, pin: bool, parent: Path):
-        super().__init__(sizes)
+        super().__init__(sizes, CHUNK["disk"])
         self.kinds, self.files = kinds, {}
+        # apart: a write waits for the device, and no read should wait with it
+        self.readers, self.writers = (
+            ThreadPoolExecutor(THREADS, thread_name_prefix=name) for name in ("read", "write")
+        )
         self.sums: dict[tuple[str, int, int], int] = {}  # by layer, chunk and kind; zeros have 0
         self.free: SimpleQueue[Tensor | None] = SimpleQueue()
+        self.buffers: list[Array] = []
         try:
             self.folder, self.lock = _make_folder(parent)
         except OSError as error:
@@ -164,11 +158,11 @@ class DiskStore(Store):
             raise UserError(
                 f"stream_dir {parent}: {error.strerror}; {total:,.2f} GB are needed"
             ) from None
-        largest = min(CHUNK, max(sizes.values()))
-        for _ in range(BUFFERS):
-            spare = 0 if pin else PAGE // 4  # pinned memory is aligned
-            memory = torch.empty(kinds * largest + spare, pin_memory=pin)
-            self.free.put(memory[-memory.data_ptr() % PAGE // 4 :])
+        size = kinds * min(self.chunk, max(sizes.values()))
+        self.buffers = [Array(size, pinned=pin) for _ in range(BUFFERS)]
+        self.pinned = all(array.pinned for array in self.buffers)
+        for array in self.buffers:
+            self.free.put(array.tensor)
 
     def _create(self, path: Path, size: int) -> int:
         with open(path, "wb") as file:
@@ -186,10 +180,35 @@ class DiskStore(Store):
         data = buffer[: rows * (end - begin)].view(rows, end - begin)
         return Chunk(layer, index, kinds, data, buffer)
 
-    def _free(self, chunk: Chunk) -> None:
-        self.free.put(chunk.buffer)
+    def read(self, layer: str, index: int, kinds: slice) -> "Future[Chunk]":
+        chunk = self.buffer(layer, index, kinds)
+
+        def fill() -> Chunk:
+            try:
+                return self._read(chunk)
+            except UserError:
+                self.free.put(chunk.buffer)
+                raise
+
+        return self.readers.submit(fill)
+
+    def give_back(self, chunk: Chunk, after: object, write: slice | None = None) -> None:
+        def finish() -> None:
+            try:
+                after.synchronize()
+                if write is not None:
+                    self._write(chunk, write)
+            finally:
+                self.free.put(chunk.buffer)
+
+        with self.mutex:
+            self.written[chunk.layer].append(self.writers.submit(finish))
+
+    def _settle(self, written: Future) -> None:
+        written.result()
 
     def _read(self, chunk: Chunk) -> Chunk:
+        """Fills a chunk and returns it."""
         self._move(os.preadv, chunk, chunk.data)
         for kind, numbers in enumerate(chunk.data, chunk.kinds.start):
             if checksum(numbers) != self.sums.get((chunk.layer, chunk.index, kind), 0):
@@ -197,6 +216,7 @@ class DiskStore(Store):
         return chunk
 
     def _write(self, chunk: Chunk, kinds: slice) -> None:
+        """Writes these kinds of a chunk, counted from its first."""
         for kind, numbers in enumerate(chunk.data[kinds], chunk.kinds.start + kinds.start):
             self.sums[chunk.layer, chunk.index, kind] = checksum(numbers)
         self._move(os.pwritev, chunk, chunk.data[kinds])
@@ -205,7 +225,7 @@ class DiskStore(Store):
         file = self.files[chunk.layer]
         rest = memoryview(data.numpy()).cast("B")
         # the chunks before it are complete
-        place = (chunk.index * CHUNK * self.kinds + chunk.kinds.start * data.shape[1]) * 4
+        place = (chunk.index * self.chunk * self.kinds + chunk.kinds.start * data.shape[1]) * 4
         try:
             while rest:
                 # a write beyond the end of a truncated file would fill the gap with zeros
@@ -225,9 +245,12 @@ class DiskStore(Store):
         )
 
     def close(self) -> None:
-        super().close()
+        for threads in (self.readers, self.writers):
+            threads.shutdown(cancel_futures=True)
         for _ in range(BUFFERS):
             self.free.put(None)  # for threads that still wait
+        for array in self.buffers:
+            array.unpin()
         for descriptor in self.files.values():
             os.close(descriptor)
         shutil.rmtree(self.folder, ignore_errors=True)

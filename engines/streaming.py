@@ -7,7 +7,10 @@ the gradients is known only when the last of them is, so a layer's AdamW update 
 layer is fetched for the next step's forward pass: the update needs no pass of its own.
 
 Three threads share the work: this one computes, one fetches (and updates), one stores gradients. On
-a GPU each has a stream of its own; on a CPU streams and events do nothing.
+a GPU copies in, updates and copies out have streams of their own beside the one that computes, and
+the host waits for the device once a step. Two rules keep that safe: a stream waits for the event
+after which what it reads is complete, and memory is allocated and freed by the compute thread, once
+the compute stream has waited for all who use it. On a CPU streams and events do nothing.
 """
 
 import math
@@ -16,22 +19,24 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from configuration import Configuration
 from dataset import Batch
-from engines.base import Engine, Limits, Report, hidden_gradients, micro_batches, prepare_compute
-from engines.buffers import Activations, Array, record
+from engines.base import Engine, Limits, Report, micro_batches, prepare_compute
+from engines.buffers import AHEAD, Array, HostActivations, Staging, is_separate, record
 from engines.optimizer import Update, clip_factor, decays, is_applied, square_sum
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
 from model import derive_seed
 from runtime.checkpoint import KINDS
-from runtime.console import UserError
+from runtime.console import UserError, warn
 
-AHEAD = 2  # chunks that are read, or on their way to the device, while one is in use
+LAYERS_AHEAD = 2  # of a visit's, those of so many visits after it are on their way
 ALIGNMENT = 64  # numbers: where a parameter may start in its layer's array
 
 
@@ -84,17 +89,19 @@ class Layout:
 
 
 class StreamingEngine(Engine):
-    """Holds two or three layers of the model at any time, and the activations between them."""
+    """Holds three or four layers of the model at any time, and the activations between them."""
 
     def __init__(self, config: Configuration, training: bool = True):
         super().__init__(config, training)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.streams = torch.get_device_module(self.device)
-        self.host_to_device, self.device_to_host = self.streams.Stream(), self.streams.Stream()
-        if training and config.activation_checkpointing:
-            self.activations = Activations(config, self.device, self.dtype)
-        self.boundaries: dict[str, Tensor] = {}  # activations and gradients between two layers
-        self.graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # before the products of the compute stream, which would hold them up
+        self.updates, self.copies_out = (self.streams.Stream(priority=-1) for _ in range(2))
+        self.offloaded = None
+        if training and is_separate(self.device) and config.activation_location == "host":
+            self.offloaded = HostActivations(config, self.device, self.dtype)
+        self.boundaries: dict[object, Tensor] = {}  # activations and gradients between two layers
+        self.graphs: dict[tuple[int, int], tuple[Tensor, GradientEdge]] = {}
         self.weights: dict[str, Array] = {}
         self.modules = self.model.layers()
         self.layouts = {name: Layout.of(module) for name, module in self.modules.items()}
@@ -103,11 +110,16 @@ class StreamingEngine(Engine):
         self.blocks = [[name] for name in blocks]
         self.embedding = names[: names.index(blocks[0])]
         self.head = [name for name in names if name not in blocks]
+        self.first = [self.embedding, *self.blocks, self.head][: LAYERS_AHEAD + 1]
         self.store = self._open_store()
+        numbers = min(self.store.chunk, max(self.store.sizes.values()))
+        self.fetched = Staging(numbers, self.store.kinds, self.device)
+        self.added = Staging(numbers, 1, self.device)
         self.fetcher, self.storer = (ThreadPoolExecutor(1, name) for name in ("fetch", "store"))
         self.fetches: dict[str, Future] = {}  # of the layers on the device, or on their way
-        self.square_sums: dict[str, Future] = {}  # of each layer's gradient, once it is stored
-        self.storing: deque[Future] = deque()
+        # of each layer's gradient, with the event after which it is stored
+        self.square_sums: dict[str, Future] = {}
+        self.storing: deque[tuple[Future, Tensor]] = deque()  # and the gradient
         self.stale: set[str] = set()  # layers whose last update is not yet applied
         self.update: Update | None = None
 
@@ -115,10 +127,15 @@ class StreamingEngine(Engine):
         sizes = {name: layout.size for name, layout in self.layouts.items()}
         kinds, pin = (4 if self.training else 1), self.device.type == "cuda"
         if self.config.stream_to == "ram":
-            return RamStore(sizes, kinds, pin)
-        if self.config.stream_dir is None:
-            Path(self.config.out_dir).mkdir(parents=True, exist_ok=True)
-        return DiskStore(sizes, kinds, pin, Path(self.config.stream_dir or self.config.out_dir))
+            store = RamStore(sizes, kinds, pin)
+        else:
+            folder = Path(self.config.stream_dir or self.config.out_dir)
+            if self.config.stream_dir is None:
+                folder.mkdir(parents=True, exist_ok=True)
+            store = DiskStore(sizes, kinds, pin, folder)
+        if pin and not store.pinned:
+            warn("host memory can't be pinned (see `ulimit -l`); copies are slower")
+        return store
 
     # The parameter store
 
@@ -146,6 +163,8 @@ class StreamingEngine(Engine):
         layout, row = self.layouts[layer], KINDS.index(kind)
         if layer in self.stale:  # fetching it applies the update
             self._request(layer)
+        if layer in self.fetches:
+            self._arrive(layer)
             self._release(layer)
         self.store.wait(layer)
         flat = Array(layout.size).tensor
@@ -158,17 +177,16 @@ class StreamingEngine(Engine):
 
     def _visit(self, sequence: list[list[str]]) -> Iterator[None]:
         """Yields once for each visit in the sequence, while its layers are on the device and those
-        of the next visit are fetched."""
+        of the next visits are fetched."""
         for i, layers in enumerate(sequence):
-            following = sequence[i + 1] if i + 1 < len(sequence) else []
+            following = list(chain(*sequence[i + 1 : i + 1 + LAYERS_AHEAD]))
             for layer in (*layers, *following):
                 self._request(layer)
             for layer in layers:
-                self.streams.current_stream().wait_event(self.fetches[layer].result())
+                self._arrive(layer)
             yield
-            if sequence[i + 2 : i + 3] != [layers]:  # the last block is back after the loss
-                for layer in set(layers) - set(following):
-                    self._release(layer)
+            for layer in set(layers) - set(following):
+                self._release(layer)
 
     def _request(self, layer: str) -> None:
         """Starts to fetch a layer, and to apply its pending update, if any."""
@@ -180,8 +198,11 @@ class StreamingEngine(Engine):
         self.stale.discard(layer)
         self.fetches[layer] = self.fetcher.submit(self._fetch, layer, update, allocated)
 
+    def _arrive(self, layer: str) -> None:
+        self.streams.current_stream().wait_event(self.fetches[layer].result())
+
     def _release(self, layer: str) -> None:
-        self.fetches.pop(layer).result()
+        del self.fetches[layer]
         self.weights[layer].free()
 
     def _read(self, layer: str, kinds: slice) -> Iterator:
@@ -200,57 +221,49 @@ class StreamingEngine(Engine):
                     self.store.give_back(future.result(), self.streams.Event())
 
     def _fetch(self, layer: str, update: Update | None, allocated: object) -> object:
-        """Copies the weights to the device, chunk by chunk, after their update if there is one.
-        Returns the event after which they are complete."""
+        """Copies the weights to the device, chunk by chunk, and updates them if an update is
+        pending. Returns the event after which they are complete."""
         weights, decaying = self.weights[layer].tensor.data, self.layouts[layer].decaying
         self.store.wait(layer)
-        self.host_to_device.wait_event(allocated)
-        ready, moving = allocated, deque()
         spans = self.store.spans(layer)
         chunks = self._read(layer, ALL if update else WEIGHT)
-        for (begin, end), chunk in zip(spans, chunks, strict=True):
-            with self.streams.stream(self.host_to_device):
-                data = chunk.data.to(self.device, non_blocking=True)
+        with self.streams.stream(self.updates):
+            self.updates.wait_event(allocated)
+            for (begin, end), chunk in zip(spans, chunks, strict=True):
+                data = self.fetched.bring(chunk.data)
                 if update:
                     update.apply(data, decaying - begin)
                 weights[begin:end].copy_(data[0])
-            done = ready = record(self.streams, self.host_to_device)
-            if update and data is not chunk.data:  # a copy on a GPU
-                self.device_to_host.wait_event(ready)
-                with self.streams.stream(self.device_to_host):
-                    chunk.data[STATE].copy_(data[STATE], non_blocking=True)
-                done = record(self.streams, self.device_to_host)
-            self.store.give_back(chunk, done, write=STATE if update else None)
-            moving.append((data, done))  # what streams use must not be freed before they are done
-            if len(moving) > AHEAD:
-                moving.popleft()[1].synchronize()
-        for _, done in moving:
-            done.synchronize()
-        return ready
+                done = record(self.streams, self.updates)
+                if update and data is not chunk.data:
+                    self.copies_out.wait_event(done)
+                    with self.streams.stream(self.copies_out):
+                        chunk.data[STATE].copy_(data[STATE], non_blocking=True)
+                    done = record(self.streams, self.copies_out)
+                self.fetched.give_back(done)
+                self.store.give_back(chunk, done, write=STATE if update else None)
+            return record(self.streams, self.updates)
 
-    def _store_gradient(self, layer: str, gradient: Tensor, computed: object, add: bool) -> float:
-        """Stores a gradient, added to what is stored; returns the sum of its squares."""
+    def _store_gradient(
+        self, layer: str, gradient: Tensor, computed: object, add: bool
+    ) -> tuple[Tensor, object]:
+        """Stores a gradient, added to what is stored. Returns the sum of its squares, and the event
+        after which both are complete."""
         self.store.wait(layer)
-        self.device_to_host.wait_event(computed)
         stored = self._read(layer, GRADIENT) if add else None
-        squares, moving = [], deque()
-        for index, (begin, end) in enumerate(self.store.spans(layer)):
-            chunk = next(stored) if add else self.store.buffer(layer, index, GRADIENT)
-            with self.streams.stream(self.device_to_host):
+        with self.streams.stream(self.copies_out):
+            self.copies_out.wait_event(computed)
+            for index, (begin, end) in enumerate(self.store.spans(layer)):
+                chunk = next(stored) if add else self.store.buffer(layer, index, GRADIENT)
                 part = gradient[begin:end]
                 if add:
-                    part += chunk.data[0].to(self.device, non_blocking=True)
-                squares.append(square_sum([part]))
+                    part += self.added.bring(chunk.data)[0]
+                    self.added.give_back(record(self.streams, self.copies_out))
                 chunk.data[0].copy_(part, non_blocking=True)
-            done = record(self.streams, self.device_to_host)
-            self.store.give_back(chunk, done, write=slice(0, 1))
-            moving.append(done)
-            if len(moving) > AHEAD:
-                moving.popleft().synchronize()
-        for done in moving:
-            done.synchronize()
-        with self.streams.stream(self.device_to_host):  # does not wait for the compute stream
-            return torch.stack(squares).sum().item()
+                done = record(self.streams, self.copies_out)
+                self.store.give_back(chunk, done, write=slice(0, 1))
+            squares = square_sum([gradient])
+            return squares, record(self.streams, self.copies_out)
 
     # Compute
 
@@ -263,6 +276,8 @@ class StreamingEngine(Engine):
             clip = clip_factor(self.config, torch.tensor(norm, dtype=torch.float64)).item()
             self.update = Update(self.config, rate, clip, self.optimizer_steps)
             self.stale = set(self.modules)
+        for layer in chain(*self.first):  # for the next step
+            self._request(layer)
         return loss, norm
 
     def _accumulate(self, batch: Batch, step: int, progress: Report) -> tuple[float, float]:
@@ -272,9 +287,15 @@ class StreamingEngine(Engine):
         work = Work(len(batch.ids) * self.config.depth * (1 + self.backward_work), progress)
         self.square_sums.clear()
         passes = self._passes(batch, step)
-        loss = sum(self._pass(part, batch.targets.size, work) for part in passes)
-        squares = sum(future.result() for future in self.square_sums.values())
-        return loss / batch.targets.size, math.sqrt(squares)
+        losses = [self._pass(part, batch.targets.size, work) for part in passes]
+        squares = []
+        for future in self.square_sums.values():
+            square, stored = future.result()
+            self.streams.current_stream().wait_event(stored)
+            squares.append(square)
+        self.storing.clear()
+        loss = torch.stack(losses).sum() / batch.targets.size
+        return loss.item(), torch.stack(squares).sum().sqrt().item()
 
     def _passes(self, batch: Batch, step: int = 0) -> Iterator[list[MicroBatch]]:
         """The micro-batches that go through the layers together."""
@@ -287,13 +308,13 @@ class StreamingEngine(Engine):
         for begin in range(0, len(cut), together):
             yield cut[begin : begin + together]
 
-    def _pass(self, parts: list[MicroBatch], tokens: int, work: Work) -> float:
+    def _pass(self, parts: list[MicroBatch], tokens: int, work: Work) -> Tensor:
         """Forward and backward; adds to the stored gradients, and returns the sum of the losses."""
         forward = [self.embedding, *self.blocks, self.head]
         visits = self._visit([*forward, *reversed(self.blocks), self.embedding])
         next(visits)
         with torch.no_grad():
-            hidden = [self._keep("hidden", i, self._embed(part)) for i, part in enumerate(parts)]
+            hidden = [self._keep(0, i, self._embed(part)) for i, part in enumerate(parts)]
         for layer in range(self.config.depth):
             next(visits)
             for i, part in enumerate(parts):
@@ -312,14 +333,14 @@ class StreamingEngine(Engine):
             next(visits)
             with self._gradients(self.blocks[layer]):
                 for i, part in enumerate(parts):
-                    hidden[i] = self._backward(layer, i, hidden[i], part)
+                    hidden[i] = self._backward(layer, i, hidden[i])
                     work.add(self.backward_work * len(part.ids))
         next(visits)
         with self._gradients(self.embedding):
             for i, part in enumerate(parts):
                 self._embed(part).backward(hidden[i])
         next(visits, None)
-        return torch.stack(losses).sum().item()
+        return torch.stack(losses).sum()
 
     def _embed(self, part: MicroBatch) -> Tensor:
         self.model.seed_dropout(part.dropout_seed, 0)
@@ -330,45 +351,42 @@ class StreamingEngine(Engine):
         return self.model.decoder[layer](x)
 
     def _forward(self, layer: int, i: int, x: Tensor, part: MicroBatch) -> Tensor:
-        """A block's output for the i-th micro-batch; keeps its input, or its graph."""
-        if self.config.activation_checkpointing:
-            self.activations.put(layer, i, x)
-            with torch.no_grad():
-                return self._keep("hidden", i, self._block(layer, x, part))
+        """A block's output for the i-th micro-batch; keeps its graph, which is little more than its
+        input with `activation_checkpointing`."""
         x = x.detach().requires_grad_()
+        if self.offloaded:
+            self.offloaded.put(layer, i, x.detach())
         y = self._block(layer, x, part)
-        self.graphs[layer, i] = (x, y)
-        return y
+        self.graphs[layer, i] = (x, get_gradient_edge(y))
+        return self._keep(layer + 1, i, y.detach())
 
-    def _backward(self, layer: int, i: int, gradient: Tensor, part: MicroBatch) -> Tensor:
+    def _backward(self, layer: int, i: int, gradient: Tensor) -> Tensor:
         """The gradient of a block's input from that of its output."""
-        if self.config.activation_checkpointing:
-            x = self.activations.get(layer, i).requires_grad_()
-            with hidden_gradients(self.model.decoder[layer].parameters()):
-                y = self._block(layer, x, part)
-        else:
-            x, y = self.graphs.pop((layer, i))
-        y.backward(gradient)
+        x, output = self.graphs.pop((layer, i))
+        if self.offloaded:
+            self.offloaded.get(layer, i)
+        torch.autograd.backward(output, gradient)
         return self._keep("gradient", i, x.grad)
 
-    def _keep(self, kind: str, i: int, x: Tensor) -> Tensor:
+    def _keep(self, place: object, i: int, x: Tensor) -> Tensor:
         """Keeps what outlives its layer. On a CPU it is copied out of the heap, which it would
-        fragment, over what the layer before left for the i-th micro-batch."""
-        if self.device.type != "cpu":
+        fragment, over what was there for the i-th micro-batch in the pass or step before."""
+        kept_graph = place != "gradient" and not self.config.activation_checkpointing
+        if is_separate(self.device) or kept_graph:
             return x
-        if kind == "hidden" and not self.config.activation_checkpointing:
-            return x
-        if kind not in self.boundaries:
+        if place not in self.boundaries:
             shape = (self.config.stream_batch_size, *x.shape[1:])
-            self.boundaries[kind] = Array(math.prod(shape), self.dtype).tensor.view(shape)
+            self.boundaries[place] = Array(math.prod(shape), self.dtype).tensor.view(shape)
         begin = i * self.config.micro_batch_size
-        return self.boundaries[kind][begin : begin + len(x)].copy_(x)
+        return self.boundaries[place][begin : begin + len(x)].copy_(x)
 
     @contextmanager
     def _gradients(self, layers: list[str]) -> Iterator[None]:
         """Sums the layers' gradients in fp32 arrays, and then starts to store them."""
         while len(self.storing) > 1:  # at most one array is being stored while another is filled
-            self.storing.popleft().result()
+            future, _ = self.storing[0]
+            self.streams.current_stream().wait_event(future.result()[1])
+            self.storing.popleft()
         flats = {}
         for layer in layers:
             layout, module = self.layouts[layer], self.modules[layer]
@@ -380,11 +398,10 @@ class StreamingEngine(Engine):
         for layer in layers:
             self.modules[layer].zero_grad()
             add = layer in self.square_sums  # the embedding has two parts, and every pass adds one
-            future = self.storer.submit(
-                self._store_gradient, layer, flats.pop(layer), computed, add
-            )
+            flat = flats.pop(layer)
+            future = self.storer.submit(self._store_gradient, layer, flat, computed, add)
             self.square_sums[layer] = future
-            self.storing.append(future)
+            self.storing.append((future, flat))
 
     def sum_losses(self, batch: Batch) -> Tensor:
         return torch.stack([self._evaluate_pass(parts) for parts in self._passes(batch)]).sum()
@@ -404,11 +421,14 @@ class StreamingEngine(Engine):
         return torch.stack(losses).sum()
 
     def close(self) -> None:
-        self.store.close()
         for thread in (self.fetcher, self.storer):
             thread.shutdown(cancel_futures=True)
-        self.store = self.model = self.activations = None
-        for held in (self.modules, self.weights, self.boundaries, self.graphs):
+        self.streams.synchronize()  # copies use the store's memory
+        self.store.close()
+        if self.offloaded:
+            self.offloaded.close()
+        self.store = self.model = self.offloaded = self.fetched = self.added = None
+        for held in (self.modules, self.weights, self.boundaries, self.graphs, self.storing):
             held.clear()
 
 

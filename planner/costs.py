@@ -8,6 +8,7 @@ from math import ceil, inf, log2, prod
 
 from configuration import Configuration
 from engines.base import LOSS_ROWS
+from engines.buffers import AHEAD
 from engines.store import BUFFERS, CHUNK
 from planner.machine import Machine
 from planner.measure import block, sizes
@@ -184,7 +185,7 @@ def resident_bytes(config: Configuration, machine: Machine, training: bool) -> d
 def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
     """The largest of what the phases of a step need (docs/streaming.md)."""
     size, number = sizes(config), number_bytes(config)
-    two = min(2, config.depth) * size.block
+    two, three = (min(n, config.depth) * size.block for n in (2, 3))
     boundary = boundary_bytes(config, config.stream_batch_size)
     one = block(config).kept_bytes * config.micro_batch_size
     matrix = size.matrix * (number + (4 if number == 2 else 0))  # a matrix's own gradient
@@ -197,26 +198,28 @@ def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> 
     on_host = inputs and config.activation_location == "host"
     on_device = kept + (0 if on_host else inputs)
     lookup = 4 * config.vocab_size * config.width if number == 2 else 0  # in fp32, in Embedding
+    weights = number * max(three, size.outside + two)  # of a visit and of those two ahead
     phases = [
-        number * max(two, size.outside + size.block) + 2 * boundary + on_device,
-        number * (size.outside + size.block) + lookup + 2 * boundary,
-        number * (size.outside + size.block) + head_bytes(config, training) + 2 * boundary,
+        weights + 2 * boundary + on_device,
+        number * (size.outside + two) + lookup + 2 * boundary,
+        number * (size.outside + two) + head_bytes(config, training) + 2 * boundary,
     ]
     phases[0] += 0 if kept else one
     phases[2] += on_device
     if training:
         gradients = 4 * max(two, size.outside + size.block)
         phases[2] += 4 * size.outside
-        phases.append(number * two + gradients + boundary + one + matrix + on_device)
-    largest = max(size.block, size.outside)
-    buffers = BUFFERS * 4 * min(CHUNK, largest) * (4 if training else 1)
+        phases.append(weights + gradients + boundary + one + matrix + on_device)
+    largest, kinds = max(size.block, size.outside), 4 if training else 1
+    chunk = 4 * min(CHUNK[config.stream_to], largest)
+    staging = (AHEAD + 1) * (kinds + 1) * chunk
     state = count(config) * (STATE_BYTES if training else 4)
     # an array of a layer, and a tensor for it, when it is loaded or saved
     whole = 4 * largest + 4 * size.matrix
-    host = config.depth * 2 ** ceil(log2(boundary)) if on_host else 0
-    host += state if config.stream_to == "ram" else buffers
+    host = config.depth * boundary if on_host else 0
+    host += state if config.stream_to == "ram" else BUFFERS * kinds * chunk
     if machine.on_gpu:
-        device, host = max(phases) + buffers, host + whole
+        device, host = max(phases) + staging, host + whole
     else:
         device = max(*phases, whole + on_device - kept)
     return _tiers(machine, device, host, state if config.stream_to == "disk" else 0)

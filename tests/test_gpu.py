@@ -70,7 +70,7 @@ STREAMED = [
 @pytest.mark.parametrize("keys", STREAMED)
 def test_streaming_equals_resident(dataset, tmp_path, monkeypatch, keys):
     """Many small chunks, so that copies in both directions and updates overlap."""
-    monkeypatch.setattr(store, "CHUNK", 1024)
+    monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
     keys = {
         "activation_location": "device",
         "stream_batch_size": 4,

@@ -31,7 +31,7 @@ STREAMED = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks a layer, as real models have."""
-    monkeypatch.setattr(store, "CHUNK", 2048)
+    monkeypatch.setattr(store, "CHUNK", {"ram": 2048, "disk": 2048})
 
 
 def streaming_config(out: Path, **changes):
@@ -124,7 +124,7 @@ def test_slow_writes(run, config, monkeypatch):
 
     flags = ["--depth", 1, "--micro_batch_size", 1, "--max_gradient_norm", 1e-3, "--num_steps", 3]
     assert run("train", config.path, *flags, "--engine", "resident").status == 0
-    monkeypatch.setattr(store, "CHUNK", 2**20)  # a layer in one piece
+    monkeypatch.setattr(store, "CHUNK", {"ram": 2**20, "disk": 2**20})  # a layer in one piece
     monkeypatch.setattr(store.DiskStore, "_write", slowly)
     flags += ["--engine", "streaming", "--stream_to", "disk", "--stream_batch_size", 1]
     out = config.out.with_name("streamed")
@@ -146,7 +146,8 @@ def test_two_hundred_runs_equal_resident(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(store.DiskStore, "_write", slowly)
     expected = {depth: train(engine_config(depth=depth), dataset, 3)[0] for depth in (1, 2, 3)}
     for number in range(200):
-        monkeypatch.setattr(store, "CHUNK", 2048 if number % 5 else 2**20)
+        size = 2048 if number % 5 else 2**20
+        monkeypatch.setattr(store, "CHUNK", {"ram": size, "disk": size})
         keys = {"depth": number % 3 + 1, "stream_batch_size": number % 2 + 1, "micro_batch_size": 1}
         keys |= {"stream_to": "disk", "activation_checkpointing": number % 4 < 2}
         got, engine = train(streaming_config(tmp_path, **keys), dataset, 3)
