@@ -11,7 +11,7 @@ CEREBRAS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/cerebras-$(shell git h
 # The peers of make bench that want other versions than ours of what we share.
 PEERS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/peers-$(shell git hash-object requirements-bench.txt | cut -c1-12)
 
-.PHONY: install demo test test-faults test-cerebras lint loc bench clean
+.PHONY: install demo test test-faults test-cerebras test-streams lint loc bench clean
 
 install: .venv/installed
 
@@ -50,6 +50,11 @@ $(CEREBRAS)/installed:
 	$(PYTHON) -m venv $(CEREBRAS)
 	$(CEREBRAS)/bin/python -m pip install --disable-pip-version-check -r requirements-cerebras.txt
 	touch $@
+
+# The streaming engine's GPU branch under a race detector, on a CPU; then without each of its waits in turn,
+# every one of which must be missed. MUTATIONS=0 leaves that out.
+test-streams: install
+	MUTATIONS=$(MUTATIONS) $(BIN)/python -m pytest -v -s -m "long or not long" tests/test_streams.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,12 +11,12 @@ ALIGNMENT = 64  # numbers: 128 bytes in bf16
 
 
 def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear, (positions, width) -> (positions, vocab_size), whose rows begin at multiples of
-    ALIGNMENT: matrix products with rows of 50,257 numbers run slow kernels on a GPU."""
-    rows, columns = len(x), len(weight)
+    """F.linear, whose result (..., vocab_size) has rows that begin at multiples of ALIGNMENT:
+    products of matrices with rows of 50,257 numbers run slow kernels on a GPU."""
+    rows, columns = x.flatten(0, -2), len(weight)
     strides = (math.ceil(columns / ALIGNMENT) * ALIGNMENT, 1)
-    logits = torch.empty_strided((rows, columns), strides, dtype=x.dtype, device=x.device)
-    return logits.addmm_(x, weight.T, beta=0)
+    y = torch.empty_strided((len(rows), columns), strides, dtype=x.dtype, device=x.device)
+    return y.addmm_(rows, weight.T, beta=0).view(*x.shape[:-1], columns)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def is_separate(device: torch.device) -> bool:
 
 class Array:
     """A flat array of zeros whose memory can be freed, and allocated again, under its views. Its
-    content is then undefined.
+    content is then undefined. Without a device it is in host memory.
 
     On a CPU it is mapped on its own, in huge pages: large arrays fragment the heap, and small pages
     are slow to allocate. `pinned`: a GPU copies from and to it without waiting for the host. Memory
@@ -32,11 +32,11 @@ class Array:
         self,
         size: int,
         dtype: torch.dtype = torch.float32,
-        device: torch.device = torch.device("cpu"),  # noqa: B008
+        device: torch.device | None = None,
         pinned: bool = False,
     ):
         self.bytes, self.memory, self.pinned = size * dtype.itemsize, None, False
-        if device.type == "cpu":
+        if device is None or not is_separate(device):
             self.memory = mmap.mmap(-1, self.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # a kernel without huge pages
                 self.memory.madvise(mmap.MADV_HUGEPAGE)
@@ -107,7 +107,7 @@ class HostActivations:
     def __init__(self, config: Configuration, device: torch.device, dtype: torch.dtype):
         self.streams = torch.get_device_module(device)
         self.copy_in, self.copy_out = self.streams.Stream(), self.streams.Stream()
-        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor, object]] = {}
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.coming: dict[tuple[int, int], object] = {}
         self.leaving: deque[tuple[Tensor, object]] = deque()
         self.rows = config.micro_batch_size
@@ -119,26 +119,25 @@ class HostActivations:
         self.layers = [array.tensor.view(shape) for array in self.arrays]
 
     def put(self, layer: int, i: int, x: Tensor) -> None:
-        """Takes the input of a block for the i-th micro-batch, and frees its memory once the
-        compute stream has used it."""
+        """Takes the input of a block for the i-th micro-batch, before the block runs."""
         place = self.layers[layer][i * self.rows : i * self.rows + len(x)]
         self.copy_out.wait_event(record(self.streams, self.streams.current_stream()))
         with self.streams.stream(self.copy_out):
             place.copy_(x, non_blocking=True)
-        self.kept[layer, i] = (x, place, record(self.streams, self.copy_out))
-        self.leaving.append((layer, i))
+        there = record(self.streams, self.copy_out)
+        self.leaving.append((x, there))
+        self.kept[layer, i] = (x, place)
         if len(self.leaving) > AHEAD:
-            self._free(self.leaving.popleft())
+            self._free(*self.leaving.popleft())
 
-    def _free(self, key: tuple[int, int]) -> None:
-        x, _, there = self.kept[key]
+    def _free(self, x: Tensor, there: object) -> None:
         self.streams.current_stream().wait_event(there)
         x.untyped_storage().resize_(0)
 
     def get(self, layer: int, i: int) -> None:
         """Brings back what was put, once."""
         while self.leaving:
-            self._free(self.leaving.popleft())
+            self._free(*self.leaving.popleft())
         there = self.coming.pop((layer, i), None) or self._fetch((layer, i))
         if self.kept:
             following = min(self.kept, key=lambda place: (-place[0], place[1]))
@@ -146,7 +145,7 @@ class HostActivations:
         self.streams.current_stream().wait_event(there)
 
     def _fetch(self, key: tuple[int, int]) -> object:
-        x, place, _ = self.kept.pop(key)
+        x, place = self.kept.pop(key)
         x.untyped_storage().resize_(x.nbytes)
         self.copy_in.wait_event(record(self.streams, self.streams.current_stream()))
         with self.streams.stream(self.copy_in):

@@ -355,7 +355,7 @@ class StreamingEngine(Engine):
         input with `activation_checkpointing`."""
         x = x.detach().requires_grad_()
         if self.offloaded:
-            self.offloaded.put(layer, i, x.detach())
+            self.offloaded.put(layer, i, x.data)  # its version stays
         y = self._block(layer, x, part)
         self.graphs[layer, i] = (x, get_gradient_edge(y))
         return self._keep(layer + 1, i, y.detach())

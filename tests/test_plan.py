@@ -71,11 +71,13 @@ def test_flops_by_hand():
 
 def test_engines_follow_memory():
     """As memory shrinks: resident, then kept activations, then recomputed ones, then passes."""
-    assert planned(gpu()).config.engine == "resident"
-    small = planned(gpu(device=3 * 10**9)).config
+    middle = {"width": 2048, "depth": 24, "heads": 16}
+    assert planned(gpu(), **middle).config.engine == "resident"
+    small = planned(gpu(device=12 * 10**9), **middle).config
     assert (small.engine, small.stream_to) == ("streaming", "ram")
-    assert planned(gpu(device=3 * 10**9, host=4 * 10**9)).config.stream_to == "disk"
-    assert planned(gpu(device=3 * 10**9, host=4 * 10**9, disk=10**9)) is None
+    tiers = {"device": 12 * 10**9, "host": 8 * 10**9}
+    assert planned(gpu(**tiers), **middle).config.stream_to == "disk"
+    assert planned(gpu(**tiers, disk=10**10), **middle) is None
     big = {"width": 4096, "depth": 32, "heads": 32, "batch_size": 64}
     roomy, tight = (planned(gpu(device=d * 10**9), **big).config for d in (76, 24))
     assert roomy.activation_checkpointing and tight.activation_checkpointing

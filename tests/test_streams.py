@@ -1,0 +1,124 @@
+"""The streaming engine's GPU branch under a race detector (tests/races.py), on a CPU."""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+from races import ENGINES, Detector, Watch, watched
+from test_gpu import STREAMED
+from test_streaming import equal_runs, streaming_config
+from test_train import batches_of, engine_config, quiet, train
+
+from dataset import EvalData
+from engines import base, open_engine, store
+
+WAITS = {"wait_event", "synchronize", "wait_stream", "record_stream"}
+CASES = [
+    *STREAMED,
+    {"stream_to": "ram", "micro_batch_size": 1, "stream_batch_size": 2, "depth": 1},
+    {"stream_to": "disk", "micro_batch_size": 1, "stream_batch_size": 1, "depth": 1},
+    {
+        "stream_to": "ram",
+        "micro_batch_size": 1,
+        "stream_batch_size": 2,
+        "activation_location": "host",
+    },
+]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Several chunks a layer and of logits, as real models have."""
+    monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
+    monkeypatch.setattr(base, "LOSS_ROWS", {"CPU": 16})
+
+
+def run(detector: Detector, keys: dict, dataset: Path, out: Path, steps: int = 3) -> list:
+    """Steps, an evaluation and what is saved, then more steps."""
+    with pytest.MonkeyPatch.context() as patch, Watch(detector):
+        watched(detector, patch)
+        config = streaming_config(out, **{"depth": 4, "precision": "bf16", **keys})
+        engine = open_engine(config)
+        engine.initialize()
+        batches = batches_of(config, dataset)
+        try:
+            stats = list(engine.run(batches, 0, steps - 1, quiet))
+            engine.evaluate(EvalData(dataset, config.vocab_size, 32, 4), 4)
+            for _ in engine.state():
+                pass
+            stats += engine.run(batches, steps - 1, steps, quiet)
+            for fetch in engine.fetches.values():  # closing cancels what has not begun
+                fetch.result()
+        finally:
+            engine.close()
+        del engine
+    return stats
+
+
+PART = (0, 1, 3)  # of the cases, for every run of the tests
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [pytest.param(c, marks=[] if i in PART else pytest.mark.long) for i, c in enumerate(CASES)],
+)
+def test_no_race(dataset, tmp_path, keys):
+    detector = Detector()
+    got = run(detector, keys, dataset, tmp_path)
+    print(f"\n{detector.count:,} accesses, {len(detector.races)} races")
+    assert detector.count > 1000 and not detector.races, "\n".join(map(str, detector.races[:4]))
+    same = {"depth": 4, "precision": "bf16"} | {
+        k: v for k, v in keys.items() if k in ("depth", "micro_batch_size")
+    }
+    equal_runs(train(engine_config(**same), dataset, 3)[0], got, 5e-3, 3e-2)
+
+
+def sites() -> set[tuple[str, int]]:
+    """Where the engine waits."""
+    found = set()
+    for name in ("streaming.py", "buffers.py", "store.py"):
+        tree = ast.parse(Path(ENGINES, name).read_text())
+        calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+        found |= {(name, c.lineno) for c in calls if getattr(c.func, "attr", "") in WAITS}
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.environ.get("MUTATIONS") == "0", reason="MUTATIONS=0")
+@pytest.mark.parametrize("site", sorted(sites()), ids=str)
+def test_each_wait_is_needed(dataset, tmp_path, site):
+    """Without it there is a race in some case."""
+    for keys in CASES:
+        detector = Detector(site)
+        run(detector, keys, dataset, tmp_path)
+        if detector.races:
+            assert site in detector.waits
+            return
+    pytest.fail(f"{site[0]}:{site[1]} is never missed")
+
+
+def racy_wait(self, layer: str) -> None:
+    """As it was once: what is waited for is taken from the list before the wait."""
+    with self.mutex:
+        pending = self.written.pop(layer, [])
+    for one in pending:
+        self._settle(one)
+
+
+@pytest.mark.long
+def test_a_race_of_the_host_is_found(dataset, tmp_path, monkeypatch):
+    """Threads of the store that are delayed at random."""
+    monkeypatch.setattr(store, "CHUNK", {"ram": 2**20, "disk": 2**20})  # a layer in one piece
+    keys = {"stream_to": "disk", "micro_batch_size": 1, "stream_batch_size": 1, "depth": 1}
+    for seed in range(5):
+        detector = Detector(delays=0.002, seed=seed)
+        run(detector, keys, dataset, tmp_path)
+        assert not detector.races, detector.races[:4]
+    monkeypatch.setattr(store.Store, "wait", racy_wait)
+    for seed in range(20):
+        detector = Detector(delays=0.002, seed=seed)
+        run(detector, keys, dataset, tmp_path)
+        if detector.races:
+            return
+    pytest.fail("the race is not found")
