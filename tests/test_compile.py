@@ -1,5 +1,6 @@
 """Compiled blocks against eager ones, in every engine that has them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -75,7 +76,40 @@ def test_graphs_in_bf16(dataset, tmp_path, case):
         counters = torch._dynamo.utils.counters
         assert not counters["graph_break"], dict(counters["graph_break"])
         found[depth, steps] = counters["stats"]["unique_graphs"]
-    assert len(set(found.values())) == 1, found
+    print(f"{case}: {found} graphs by depth and steps")
+    assert len(set(found.values())) == 1 and min(found.values()) > 0, found
+
+
+COUNTERS = """
+import json, runpy, sys, torch
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+counters = torch._dynamo.utils.counters
+print(json.dumps([counters["graph_break"], counters["stats"]["unique_graphs"]]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recomputing", ["true", "false"])
+def test_graphs_of_shards_in_bf16(config, tmp_path, recomputing):
+    """As test_graphs_in_bf16; each run in a process of its own."""
+    found = {}
+    flags = ["--engine", "sharded", "--precision", "bf16", "--compile", "true"]
+    flags += ["--micro_batch_size", "3", "--activation_checkpointing", recomputing]
+    for depth, steps in ((2, 1), (6, 1), (2, 5)):
+        run = [*flags, "--depth", str(depth), "--num_steps", str(steps)]
+        words = [sys.executable, "-c", COUNTERS, ROOT / "train.py", config.path, *run]
+        words += ["--out_dir", tmp_path / f"{depth}-{steps}"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        breaks, graphs = json.loads(done.stdout.splitlines()[-1])
+        assert not breaks
+        found[depth, steps] = graphs
+    print(f"recomputing {recomputing}: {found} graphs by depth and steps")
+    assert len(set(found.values())) == 1 and min(found.values()) > 0, found
 
 
 @pytest.mark.long
