@@ -148,9 +148,6 @@ def held_block(task: Task) -> Step:
 
     def step() -> float:
         for _ in range(count):
-            with torch.no_grad():
-                block(x)
-        for _ in range(count):
             y = block(x.detach().requires_grad_())
             y.backward(x)
         return y[0, 0, 0].item()

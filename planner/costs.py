@@ -32,7 +32,7 @@ FRAGMENTATION = {True: 2.0, False: 1.2}
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
 TIERS = ("device", "host", "disk")
-OVERLAP = 0.9  # of the shorter of compute and transfer runs beside the longer
+OVERLAP = 0.9  # of the shorter of compute and transfer in a phase
 
 
 @dataclass
@@ -44,9 +44,8 @@ class Plan:
     bytes: dict[str, int]  # needed, by tier; on a CPU the device's are the host's
     bytes_in: int  # that a step copies to the device
     bytes_out: int
-    compute: float  # seconds of a step
-    transfer: float
-    overlap: float
+    phases: list[tuple[float, float]]  # of a step: seconds of compute and of transfer
+    overlap: float  # of the shorter of both runs beside the longer
     eval_tokens: int = 0  # of an evaluation
     eval_sequences: int = 1  # that go through the layers together
 
@@ -60,10 +59,17 @@ class Plan:
         return {t: n - self.available[t] for t, n in self.bytes.items() if n > self.available[t]}
 
     @property
+    def compute(self) -> float:
+        return sum(compute for compute, _ in self.phases)
+
+    @property
+    def transfer(self) -> float:
+        return sum(transfer for _, transfer in self.phases)
+
+    @property
     def seconds(self) -> float:
         """Of a step."""
-        shorter, longer = sorted((self.compute, self.transfer))
-        return longer + (1 - self.overlap) * shorter
+        return sum(max(phase) + (1 - self.overlap) * min(phase) for phase in self.phases)
 
     @property
     def limit(self) -> str:
@@ -96,21 +102,26 @@ def make_plan(config: Configuration, machine: Machine, training: bool = True) ->
     share, state = rank_sequences(config) / config.batch_size, STATE_BYTES * count(config)
     if config.engine == "sharded":
         state /= config.shard_group_size
-    compute = share * step_flops(config) / (EFFICIENCY[machine.backend] * machine.matmul)
-    compute += 2 * state / machine.bandwidth  # read and written once by the optimizer
-    bytes_in, bytes_out, transfer, overlap = 0, 0, 0.0, OVERLAP
-    if config.engine == "streaming":
-        bytes_in, bytes_out = moved_bytes(config)
-        transfer = max(bytes_in / machine.link, bytes_out / machine.link)
-        if config.stream_to == "disk":  # one drive does both
-            transfer = max(transfer, bytes_in / machine.read + bytes_out / machine.write)
-    elif config.engine == "sharded":
+    rate = EFFICIENCY[machine.backend] * machine.matmul / share
+    update = 2 * state / machine.bandwidth  # read and written once by the optimizer
+    bytes_in, bytes_out, overlap = 0, 0, OVERLAP
+    if config.engine == "streaming":  # an update is part of the next step's forward pass
+        forward, backward = moved_bytes(config)
+        bytes_in, bytes_out = (a + b for a, b in zip(forward, backward, strict=True))
+        flops = config.batch_size * config.depth * block(config).flops
+        phases = [
+            (flops / rate + update, transfer_seconds(config, machine, *forward)),
+            ((step_flops(config) - flops) / rate, transfer_seconds(config, machine, *backward)),
+        ]
+    else:
+        phases = [(step_flops(config) / rate + update, 0.0)]
+    if config.engine == "sharded":
         bytes_in = bytes_out = sum(exchanged_bytes(config))
-        transfer = exchange_seconds(config, machine)
+        phases = [(phases[0][0], exchange_seconds(config, machine))]
         overlap = OVERLAP if machine.on_gpu else 0.0  # Gloo's threads share the cores
     tiers = {tier: int(number) for tier, number in tiers.items()}
     moved = (int(bytes_in), int(bytes_out))
-    plan = Plan(config, machine, tiers, *moved, compute, transfer, overlap, eval_tokens(config))
+    plan = Plan(config, machine, tiers, *moved, phases, overlap, eval_tokens(config))
     plan.eval_sequences = config.batch_size
     if config.engine == "streaming":  # what memory is left holds the two sides of a block
         spare = 0 if plan.missing else plan.available["device"] - plan.bytes["device"]
@@ -275,11 +286,11 @@ def step_flops(config: Configuration) -> float:
 
 
 def block_flops(config: Configuration) -> float:
-    """Of a step's blocks: the backward pass is twice the forward, and a third with
-    recomputation."""
+    """Of a step's blocks: the backward pass is twice the forward; recomputation comes on top."""
+    one = block(config)
     recomputing = config.engine in ("streaming", "sharded")
-    passes = 4 if recomputing and config.activation_checkpointing is True else 3
-    return passes * config.batch_size * config.depth * block(config).flops
+    again = one.flops_again if recomputing and config.activation_checkpointing is True else 0
+    return config.batch_size * config.depth * (3 * one.flops + again)
 
 
 def flops_per_token(config: Configuration) -> int:
@@ -287,19 +298,28 @@ def flops_per_token(config: Configuration) -> int:
     return 6 * count(config)
 
 
-def moved_bytes(config: Configuration) -> tuple[int, int]:
-    """Bytes that a step of the streaming engine copies to the device and from it.
+def moved_bytes(config: Configuration) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes that a step of the streaming engine copies to the device and from it, in its forward
+    passes, and with the loss in its backward passes.
 
     Forward the state with its update, 16 in and 12 out a parameter; backward the weight in and the
     gradient out, 4 and 4. The embedding is fetched three times and has two gradients, the last
     block stays on the device, and each further pass fetches weights and adds to gradients."""
     size = sizes(config)
     passes = ceil(config.batch_size / config.stream_batch_size)
-    weights = size.blocks + size.outside + size.outside + (size.blocks - size.block) + size.outside
+    again = size.outside + (size.blocks - size.block) + size.outside
     gradients = size.blocks + 2 * size.outside
-    bytes_in = 12 * size.total + passes * 4 * weights
-    bytes_in += 4 * (passes * gradients - size.total)  # what gradients are added to
-    return bytes_in, 12 * size.total + passes * 4 * gradients
+    added = passes * gradients - size.total  # what gradients are added to
+    forward = (12 * size.total + passes * 4 * size.total, 12 * size.total)
+    return forward, (passes * 4 * again + 4 * added, passes * 4 * gradients)
+
+
+def transfer_seconds(config: Configuration, machine: Machine, inward: int, outward: int) -> float:
+    """In which the streaming engine copies so many bytes to and from the device."""
+    seconds = max(inward, outward) / machine.link
+    if config.stream_to == "disk":  # one drive does both
+        seconds = max(seconds, inward / machine.read + outward / machine.write)
+    return seconds
 
 
 def _gathers(config: Configuration) -> tuple[int, int]:

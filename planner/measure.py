@@ -33,10 +33,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Block:
-    """Of one sequence: bytes that a block keeps for the backward pass, FLOPs of its forward."""
+    """Of one sequence: bytes that a block keeps for the backward pass, FLOPs of its forward pass
+    and of recomputing it, which ends with the last tensor that is kept."""
 
     kept_bytes: int
     flops: int
+    flops_again: int
 
 
 def sizes(config: GPTConfig) -> Sizes:
@@ -66,7 +68,7 @@ def _sizes(keys: tuple) -> Sizes:
 @lru_cache(maxsize=16)
 def _block(keys: tuple, length: int, bf16: bool) -> Block:
     config = GPTConfig(**dict(keys))
-    dtype, kept = torch.bfloat16 if bf16 else torch.float32, {}
+    dtype, kept, again = torch.bfloat16 if bf16 else torch.float32, {}, 0
     with torch.device("meta"):
         one = GPT(replace(config, depth=1)).decoder[0].to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -74,6 +76,8 @@ def _block(keys: tuple, length: int, bf16: bool) -> Block:
         own = {StorageWeakRef(parameter.untyped_storage()) for parameter in one.parameters()}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal again
+            again = counter.get_total_flops()  # without the operation that keeps it
             storage = tensor.untyped_storage()
             if (reference := StorageWeakRef(storage)) not in own:
                 kept[reference] = storage.nbytes()
@@ -83,7 +87,7 @@ def _block(keys: tuple, length: int, bf16: bool) -> Block:
         counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         with counter, saved_tensors_hooks(keep, lambda tensor: tensor):
             output = one(x)  # noqa: F841 - what it keeps is counted while it lives
-    return Block(sum(kept.values()), counter.get_total_flops())
+    return Block(sum(kept.values()), counter.get_total_flops(), again)
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *rest, **more) -> int:

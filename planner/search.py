@@ -57,8 +57,9 @@ def engine_plan(
 
 
 def _distance(config: Configuration) -> tuple[bool, int]:
-    """How far away a shard of the sharded engine may be."""
-    return (config.offload is True, config.shard_group_size or 0)
+    """How far away a shard of the sharded engine may be, or the inputs of streaming's blocks."""
+    on_host = config.offload is True or config.activation_location == "host"
+    return (on_host, config.shard_group_size or 0)
 
 
 def _choices(config: Configuration, machine: Machine, training: bool) -> Iterator[Configuration]:
