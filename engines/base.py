@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -195,6 +197,14 @@ class Engine:
         finally:
             self.model.train()
         return total, tokens
+
+
+@cache
+def find_gpu() -> tuple[bool, str]:
+    """Whether CUDA works here; if not, what it complains of, such as a driver that is too old."""
+    with catch_warnings(record=True) as caught:
+        there = torch.cuda.is_available()
+    return there, "" if there or not caught else " ".join(str(caught[0].message).split())
 
 
 def micro_batches(

@@ -12,12 +12,13 @@ from math import nan
 import torch
 
 from configuration import Configuration
+from engines.base import find_gpu
 from engines.store import remove_abandoned
 from planner.costs import OVERLAP, TIERS, Plan
 from planner.machine import Machine, has_bf16_units, store_folder, this_machine
 from planner.report import refusal
 from planner.search import engine_plan, engine_plans, first_fitting
-from runtime.console import UserError
+from runtime.console import UserError, warn
 
 # Keys whose other values would round differently
 ROUNDING = (
@@ -70,8 +71,11 @@ def resolve_device(config: Configuration, chosen: dict) -> Configuration:
     backend, engine = config.backend, config.engine
     if backend == "auto" and engine == "cerebras":
         backend = "CSX"
+    there, problem = find_gpu()
     if backend == "auto":
-        backend = "GPU" if torch.cuda.is_available() else "CPU"
+        backend = "GPU" if there else "CPU"
+        if problem:
+            warn(f"the GPU is not used: {problem}")
     if backend == "CSX" and engine == "auto":
         engine = "cerebras"
     if (backend, engine) == ("GPU", "cerebras") or (backend == "CSX" and engine != "cerebras"):
@@ -79,8 +83,8 @@ def resolve_device(config: Configuration, chosen: dict) -> Configuration:
             f"backend: {backend} is not for engine {engine}: use --engine cerebras with "
             f"--backend CSX, or with CPU to try it"
         )
-    if backend == "GPU" and not torch.cuda.is_available():
-        raise UserError("backend: GPU, and there is none; use --backend CPU")
+    if backend == "GPU" and not there:
+        raise UserError(f"backend: GPU, and {problem or 'there is none'}; use --backend CPU")
     config = replace(config, backend=backend, engine=engine)
     check_engine(config)
     precision = resolve_precision(config, chosen.get("precision"))
@@ -113,17 +117,30 @@ def resolve_precision(config: Configuration, earlier: str | None) -> str:
 def resolve_compile(config: Configuration, earlier: bool | None) -> bool:
     """What was asked for, what an earlier part of the run chose, or where it is faster: on a GPU.
     The last two only where there are the compilers it needs."""
-    there = bool(os.environ.get("CXX")) or any(map(shutil.which, ("g++", "clang++")))
-    if config.backend == "GPU":
-        there = there and find_spec("triton") is not None
+    missing = missing_compiler(config.backend)
     if config.compile is not True:
         wanted = config.backend == "GPU" or bool(earlier)
-        return config.compile == "auto" and config.engine != "cerebras" and wanted and there
+        wanted = wanted and config.compile == "auto" and config.engine != "cerebras"
+        if wanted and missing:
+            warn(f"not compiled, which is slower: that needs {missing}")
+        return wanted and not missing
     if config.engine == "cerebras":
         raise UserError("compile: the cerebras engine compiles in its own way; remove it")
-    if not there:
-        raise UserError("compile: true needs a C++ compiler, and there is no g++; remove it")
+    if missing:
+        raise UserError(f"compile: true needs {missing}; remove it")
     return True
+
+
+def missing_compiler(backend: str) -> str | None:
+    """What torch.compile lacks here: on a CPU it makes C++, on a GPU Triton makes C."""
+    variable, names = ("CC", ("gcc", "clang")) if backend == "GPU" else ("CXX", ("g++", "clang++"))
+    if not os.environ.get(variable) and not any(map(shutil.which, names)):
+        return f"a {'C' if backend == 'GPU' else 'C++'} compiler, and there is no {names[0]}"
+    if backend == "GPU" and find_spec("triton") is None:
+        return "Triton, which is not installed"
+    if backend == "GPU" and torch.cuda.get_device_capability() < (7, 0):
+        return "a GPU of compute capability 7.0 or higher"
+    return None
 
 
 def check_engine(config: Configuration) -> None:
@@ -179,7 +196,7 @@ def on_cluster(config: Configuration) -> Plan:
         )
     rates = dict.fromkeys(RATES, nan)
     machine = Machine("Cerebras", "CSX", **none, program=0, **rates, processes=1)
-    return Plan(config, machine, none, 0, 0, nan, nan, OVERLAP)
+    return Plan(config, machine, none, 0, 0, [(nan, nan)], OVERLAP)
 
 
 def faster_precision(config: Configuration, backend: str) -> str:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from configuration import Configuration
+from engines.base import find_gpu
 from runtime.console import UserError, explain
 from runtime.launch import PARENT, RESTARTED, launch
 
@@ -137,7 +138,7 @@ def joined(config: Configuration, training: bool = True) -> Iterator[Group]:
 
 
 def _connect(config: Configuration, rank: int, size: int) -> Group:
-    gpu = config.backend != "CPU" and torch.cuda.is_available()
+    gpu = config.backend != "CPU" and find_gpu()[0]
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:

@@ -1,5 +1,6 @@
 """The benchmarks run: what they measure is not looked at, but for what a side must not do."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -70,11 +71,28 @@ def test_sides_that_cannot_be(flags, message):
 
 @pytest.mark.long
 def test_the_gpu_script_on_tiny_models(tmp_path):
-    worked(bench("bench/gpu.py", "--toy", "true", "--out", tmp_path))
-    lines = results(tmp_path)
-    sides = [side for line in lines.values() for side in line["sides"].values()]
-    assert len(sides) == 17 and not [side for side in sides if "error" in side]
-    blocks, attention = 2 * 12 * 64**2, 2 * 64 * 64 * 2  # of matrices; 2 blocks
-    held = lines["streaming-6p7b-16k"]["sides"]["held-block"]
+    worked(bench("bench/gpu.py", "run", "--toy", "true", "--out", tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    named = {line["name"]: line for line in lines}
+    sides = [side for line in lines for side in line.get("sides", {}).values()]
+    assert len(sides) == 10 and not [side for side in sides if "error" in side]
+    assert {"device", "products", "copies", "head", "disk", "begin", "overlap"} <= set(named)
+    steps = [line for line in lines if line["name"] == "sweep"]
+    assert [line["tokens"] for line in steps] == [256, 128, 64]
+    assert all(line["flops"] > 0 and len(line["seconds"]) == 3 for line in steps)
+    assert b"traceEvents" in gzip.decompress((tmp_path / "trace.json.gz").read_bytes())
+    matrices, last, attention = 12 * 64**2, 4 * 64**2, 64 * 64  # of one of 2 blocks, 2 FLOPs each
+    held = named["held-block"]["sides"]["held-block"]
     flops = held["hardware_flops"] * 256 / held["tokens_per_second"]
-    assert flops == pytest.approx(4 * 256 * (2 * blocks + attention))
+    assert flops == pytest.approx(256 * 2 * 2 * (4 * (matrices + attention) - last))
+
+
+def test_a_part_ends_at_its_limit(tmp_path, monkeypatch):
+    """With the processes that it started."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from gpu import limited
+
+    words = ["sh", "-c", "sleep 1000 & echo begun; wait"]
+    assert limited(words, 1, tmp_path / "log") == "stopped at its limit of 1 s"
+    assert "begun" in (tmp_path / "log").read_text()
+    assert limited(["false"], 10, tmp_path / "log") == "status 1"

@@ -14,7 +14,9 @@ from test_sharded import command
 from test_streaming import equal_runs, streaming_config
 from test_train import close, engine_config, refused, train
 
+from configuration import Configuration
 from engines import base, open_engine
+from planner import resolve
 
 STEPS = 4
 
@@ -62,20 +64,26 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_graphs_in_bf16(dataset, tmp_path, case):
-    """No graph break, and as many graphs with 2 blocks as with 6, after step 1 as after step 5."""
+def graphs(dataset, out, backend: str, case: dict) -> dict[tuple[int, int], int]:
+    """By blocks and steps; none has a graph break."""
     found = {}
     for depth, steps in ((2, 1), (6, 1), (2, 5)):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        streamed = {"stream_to": "ram", "stream_batch_size": 6, "activation_location": "device"}
-        config = engine_config(depth=depth, out_dir=str(tmp_path), **BF16, **streamed | CASES[case])
-        _, engine = train(config, dataset, steps)
+        keys = {"stream_to": "ram", "stream_batch_size": 6, "activation_location": "device"}
+        keys |= {"depth": depth, "out_dir": str(out), "backend": backend, **BF16, **case}
+        _, engine = train(engine_config(**keys), dataset, steps)
         engine.close()
         counters = torch._dynamo.utils.counters
         assert not counters["graph_break"], dict(counters["graph_break"])
         found[depth, steps] = counters["stats"]["unique_graphs"]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_in_bf16(dataset, tmp_path, case):
+    """As many graphs with 2 blocks as with 6, after step 1 as after step 5."""
+    found = graphs(dataset, tmp_path, "CPU", CASES[case])
     print(f"{case}: {found} graphs by depth and steps")
     assert len(set(found.values())) == 1 and min(found.values()) > 0, found
 
@@ -157,3 +165,21 @@ def test_compiling_takes_a_compiler(run, config, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     refused(run("train", config.path, "--compile", "true"), "needs a C++ compiler, and there is no")
+
+
+def test_what_compiling_on_a_gpu_takes(monkeypatch, capsys):
+    """C for Triton; where something is missing a run goes on, and says that it is slower."""
+    gpu = Configuration(backend="GPU")
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(resolve, "find_spec", lambda name: object())
+    for capability, compiled in (((9, 0), True), ((6, 1), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert resolve.resolve_compile(gpu, None) == compiled
+    assert "that needs a GPU of compute capability 7.0 or higher" in capsys.readouterr().err
+    monkeypatch.setattr(resolve, "find_spec", lambda name: None)
+    assert not resolve.resolve_compile(gpu, None)
+    assert "not compiled, which is slower: that needs Triton" in capsys.readouterr().err
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert not resolve.resolve_compile(gpu, None)
+    assert "that needs a C compiler, and there is no gcc" in capsys.readouterr().err

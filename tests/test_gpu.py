@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import records
+from test_compile import CASES, graphs
 from test_sharded import command
 from test_train import batches_of, close, engine_config, quiet, train
 
@@ -86,6 +87,26 @@ def test_streaming_equals_resident(dataset, tmp_path, monkeypatch, keys):
         assert close(b.loss, a.loss, 1e-5)
         assert close(b.grad_norm, a.grad_norm, 1e-4)
     engine.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs(dataset, tmp_path, case):
+    found = graphs(dataset, tmp_path, "GPU", CASES[case])
+    assert len(set(found.values())) == 1 and min(found.values()) > 0, found
+
+
+@pytest.mark.parametrize("keys", STREAMED)
+def test_compiled_streaming_follows_resident_in_bf16(dataset, tmp_path, monkeypatch, keys):
+    monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
+    same = {"backend": "GPU", "precision": "bf16", "compile": True, "depth": 6}
+    same["micro_batch_size"] = keys.get("micro_batch_size", 4)
+    expected, _ = train(engine_config(**same), dataset)
+    more = {"activation_location": "device", "stream_batch_size": 4, "out_dir": str(tmp_path)}
+    config = engine_config(engine="streaming", **{**more, **same, **keys})
+    got, engine = train(config, dataset)
+    engine.close()
+    for a, b in zip(expected, got, strict=True):
+        assert close(b.loss, a.loss, 5e-3)
 
 
 def test_a_run_crosses_from_resident_to_streaming(run, config):

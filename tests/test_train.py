@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from configuration import Configuration
 from dataset import EvalData, TrainData
-from engines import open_engine
+from engines import base, open_engine
 from engines.optimizer import learning_rate, square_sum
 from model import GPT
 from planner.machine import program_bytes
@@ -593,6 +594,27 @@ def test_a_cluster_is_not_planned_here(run, config):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(run, config):
     refused(run("train", config.path, "--backend", "GPU"), "backend: GPU, and there is none")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_whose_driver_is_too_old(run, config, monkeypatch):
+    """CUDA says so in a warning."""
+
+    def no_gpu() -> bool:
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system\nis too old", stacklevel=2
+        )
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", no_gpu)
+    base.find_gpu.cache_clear()
+    seen = run("train", config.path, "--num_steps", 3, "--backend", "auto")
+    assert seen.status == 0
+    reason = "CUDA initialization: The NVIDIA driver on your system is too old"
+    assert f"warning: the GPU is not used: {reason}" in seen.err
+    seen = run("train", config.path, "--backend", "GPU", "--checkpoint_path", "latest")
+    refused(seen, f"backend: GPU, and {reason}; use --backend CPU")
+    base.find_gpu.cache_clear()
 
 
 def test_a_micro_batch_beyond_memory(run, config):
