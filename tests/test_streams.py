@@ -11,7 +11,7 @@ from test_streaming import equal_runs, streaming_config
 from test_train import batches_of, engine_config, quiet, train
 
 from dataset import EvalData
-from engines import base, open_engine, store
+from engines import base, buffers, open_engine, store, streaming
 
 WAITS = {"wait_event", "synchronize", "wait_stream", "record_stream"}
 CASES = [
@@ -72,6 +72,18 @@ def test_no_race(dataset, tmp_path, keys):
         k: v for k, v in keys.items() if k in ("depth", "micro_batch_size")
     }
     equal_runs(train(engine_config(**same), dataset, 3)[0], got, 5e-3, 3e-2)
+
+
+@pytest.mark.parametrize("location", ["device", "host"])
+def test_compiled_blocks_whose_memory_comes_and_goes(dataset, tmp_path, monkeypatch, location):
+    """The same branch, compiled."""
+    for module in (buffers, streaming):
+        monkeypatch.setattr(module, "is_separate", lambda device: True)
+    same = {"depth": 4, "precision": "bf16", "compile": True, "micro_batch_size": 1}
+    config = streaming_config(tmp_path, **same, activation_location=location)
+    got, engine = train(config, dataset, 5)
+    engine.close()
+    equal_runs(train(engine_config(**same), dataset, 5)[0], got, 5e-3, 3e-2)
 
 
 def sites() -> set[tuple[str, int]]:
