@@ -53,13 +53,12 @@ def engine_plan(
     fitting = [plan for plan in fitting if _distance(plan.config) == nearest]
     best = min(plan.seconds for plan in fitting)
     fast = [plan for plan in fitting if plan.seconds <= SIMILAR * best]
-    return min(fast, key=lambda plan: sum(plan.bytes.values()))
+    return min(fast, key=lambda p: (p.config.activation_location == "host", sum(p.bytes.values())))
 
 
 def _distance(config: Configuration) -> tuple[bool, int]:
-    """How far away a shard of the sharded engine may be, or the inputs of streaming's blocks."""
-    on_host = config.offload is True or config.activation_location == "host"
-    return (on_host, config.shard_group_size or 0)
+    """How far away a shard of the sharded engine may be."""
+    return (config.offload is True, config.shard_group_size or 0)
 
 
 def _choices(config: Configuration, machine: Machine, training: bool) -> Iterator[Configuration]:
