@@ -62,7 +62,10 @@ class Optimizer:
         num_steps: optimizer steps of the whole run
         learning_rate: the peak, after warm-up
         warmup_steps: steps of linear warm-up
-        decay_steps: steps from the end of warm-up to a tenth of the peak; null: up to num_steps
+        schedule: after warm-up, cosine: a cosine to a tenth of the peak; wsd: the peak, and a line
+            to a tenth of it at the end of num_steps, which a resumed run may raise before that
+        decay_steps: steps from the peak to a tenth of it; null: of cosine all after warm-up, of
+            wsd a tenth of num_steps
         weight_decay: of AdamW, on matrices and embeddings only
         adam_epsilon: of AdamW
         max_gradient_norm: global norm to which gradients are clipped
@@ -73,6 +76,7 @@ class Optimizer:
     num_steps: Count = 10000
     learning_rate: PositiveFloat = 6e-4
     warmup_steps: NonNegativeInt = 1500
+    schedule: Literal["cosine", "wsd"] = "cosine"
     decay_steps: Count | None = None
     weight_decay: NonNegativeFloat = 0.1
     adam_epsilon: PositiveFloat = 1e-8
@@ -88,7 +92,7 @@ class Saving:
         checkpoint_steps: steps between checkpoints
         keep_checkpoints: how many of the newest checkpoints to keep; null: all
         checkpoint_path: a checkpoint to start from, or latest: the newest in out_dir, if any
-        init_from: folder or hub name of Hugging Face GPT-2 weights to start from
+        init_from: folder or hub name of a Hugging Face GPT-2 or Llama to start from
         eval_steps: steps between evaluations
         eval_batches: batches of an evaluation; null: all of val.bin
     """

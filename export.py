@@ -1,52 +1,61 @@
-"""Writes a checkpoint as Hugging Face GPT-2: python export.py --checkpoint_path P --out DIR"""
+"""Writes a checkpoint as a Hugging Face model: python export.py --checkpoint_path P --out DIR"""
 
 import json
 from pathlib import Path
+from typing import Literal
 
+import torch
 from jsonargparse import auto_cli
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from model import GPT
 from runtime.checkpoint import open_newest
 from runtime.console import UserError, command
+from runtime.families import NotInTransformers, family_of
 from runtime.files import follow_umask
 from runtime.huggingface import (
     INDEX,
-    NotGPT2,
-    check_gpt2,
-    hugging_face_config,
+    check_same,
     hugging_face_tensors,
     load_tokenizer,
 )
 
 
-def export(checkpoint_path: str, out: Path) -> None:
-    """Write a checkpoint as Hugging Face GPT-2, one layer at a time.
+def export(
+    checkpoint_path: str, out: Path, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> None:
+    """Write a checkpoint as Hugging Face GPT-2 or Llama, one layer at a time.
 
     Args:
         checkpoint_path: a checkpoint, or the folder of a run: its newest
         out: the folder to write configuration, tokenizer and weights into; new or empty
+        dtype: of the weights
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; use another --out")
     checkpoint = open_newest(checkpoint_path)
     config = checkpoint.check_model()
     try:
-        check_gpt2(checkpoint, config, config.max_position_embeddings)
-    except NotGPT2 as error:
+        check_same(checkpoint, config, config.max_position_embeddings)
+    except NotInTransformers as error:
         raise UserError(
             f"{error}, so it can't be exported; sample.py and eval.py can use it"
         ) from None
-    hugging_face_config(config).save_pretrained(out)
+    theirs = family_of(config).theirs(config)
+    theirs.dtype = dtype
     if checkpoint.tokenizer is not None:
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(out)
+    theirs.save_pretrained(out)
     weight_map, total = {}, 0
-    layers = ["embedding", *(f"decoder.{i}" for i in range(config.depth)), "norm"]
+    with torch.device("meta"):
+        layers = GPT(config).layers()
     for layer in tqdm(layers, unit="layer", disable=None):
-        tensors, file = dict(hugging_face_tensors(checkpoint, f"{layer}.")), f"{layer}.safetensors"
+        named, file = hugging_face_tensors(checkpoint, config, f"{layer}."), f"{layer}.safetensors"
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in named}
         try:
             save_file(tensors, out / file, metadata={"format": "pt"})
         except SafetensorError as error:

@@ -1,8 +1,8 @@
-"""GPT-2: learned positions, pre-LayerNorm, causal attention, embedding tied to the head.
+"""GPT-2, and with other values of its configuration Llama: a pre-norm decoder-only transformer.
 
-The model is a list of layers: `embedding`, each block `decoder.N`, and `norm`. `forward` runs one
-after the other; an engine may do so itself through `embed`, `decoder[N]` and `loss` instead.
-Nothing here knows of devices, ranks, optimizers or files.
+The model is a list of layers: `embedding`, each block `decoder.N`, `norm`, and `lm_head` if it has
+weights of its own. `forward` runs one after the other; an engine may do so itself through `embed`,
+`decoder[N]` and `loss` instead. Nothing here knows of devices, ranks, optimizers or files.
 """
 
 import hashlib
@@ -20,9 +20,14 @@ LARGEST = {
     "width": 10**6,
     "depth": 10**4,
     "heads": 10**6,
+    "kv_heads": 10**6,
+    "mlp_width": 10**7,
     "vocab_size": 10**9,
     "max_position_embeddings": 10**9,
 }
+# Positions that Llama 3 was first trained with, and the turns of a rotation over these up to which
+# it is slowed by rope_scaling in full, and from which not at all (its config.json)
+ROPE_POSITIONS, ROPE_TURNS = 8192, (1.0, 4.0)
 
 
 @dataclass
@@ -33,12 +38,21 @@ class GPTConfig:
         width: size of the residual stream
         depth: number of blocks
         heads: attention heads in a block; divides width
+        kv_heads: heads of keys and values, each for a group of heads; null: as many as heads
+        mlp_width: size of the hidden layer of a block; null: four times the width
         vocab_size: number of token ids
-        max_position_embeddings: longest sequence the learned positions allow
+        max_position_embeddings: longest sequence
         dropout: probability, after the embedding, in attention and on both residual branches
         bias: whether linear layers and norms have biases
         init_std: standard deviation of the initial weights
-        activation: gelu (exact) or gelu_new (the tanh form of OpenAI's released GPT-2 weights)
+        activation: gelu (exact), gelu_new (the tanh form of OpenAI's released GPT-2 weights) or
+            swiglu, of Llama: silu of one hidden layer times another
+        norm: layernorm or rmsnorm, which has no bias
+        norm_eps: added to a norm's variance
+        positions: learned, added to the embedding; or rotary, of queries and keys
+        rope_theta: base of the rotary frequencies
+        rope_scaling: factor by which Llama 3.1 and later slow the low rotary frequencies; 1: none
+        tied_head: whether the logits use the weights of the embedding
     """
 
     width: int = 768
@@ -49,67 +63,124 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True
     init_std: float = 0.02
-    activation: Literal["gelu", "gelu_new"] = "gelu"
+    activation: Literal["gelu", "gelu_new", "swiglu"] = "gelu"
+    kv_heads: int | None = None
+    mlp_width: int | None = None
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: float = 10000.0
+    rope_scaling: float = 1.0
+    tied_head: bool = True
 
     def __post_init__(self):
         for key, most in LARGEST.items():
-            if not 1 <= getattr(self, key) <= most:
-                raise ValueError(f"{key}: {getattr(self, key)} is not from 1 to {most:,}")
+            if (value := getattr(self, key)) is not None and not 1 <= value <= most:
+                raise ValueError(f"{key}: {value} is not from 1 to {most:,}")
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide width {self.width}")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads {self.heads}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"heads: rotary positions need an even width {self.head_width} each")
+        for key, least in {"norm_eps": 0.0, "rope_theta": 1.0, "rope_scaling": 1.0}.items():
+            if not least <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key}: {getattr(self, key)} is below {least:g} or not finite")
         if not self.init_std >= 0:
             raise ValueError(f"init_std: {self.init_std} is negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: {self.dropout} is not in [0, 1)")
 
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
 
-class LayerNorm(nn.LayerNorm):
+
+class Norm(nn.LayerNorm):
     """Computed in fp32 whatever its input: in bf16 a CPU sums the gradients of weight and bias in
     bf16 too, where 256 + 1 is 256."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__(config.width, eps=1e-5, bias=config.bias)
+        bias = config.bias and config.norm == "layernorm"
+        super().__init__(config.width, config.norm_eps, bias=bias)
+        self.is_rms = config.norm == "rmsnorm"
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps)
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        if self.is_rms:
+            y = F.rms_norm(x.float(), self.normalized_shape, weight, self.eps)
+        else:
+            y = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
         return y.to(x.dtype)
 
 
+def rotary(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, (length, head_width), fp32: Su et al. 2021,
+    "RoFormer", 3.4, in the order of Hugging Face's Llama; slowed as in Llama 3.1."""
+    steps = torch.arange(0, config.head_width, 2, device=device).float() / config.head_width
+    frequencies = 1.0 / config.rope_theta**steps
+    few, many = ROPE_TURNS
+    turns = ROPE_POSITIONS / (2 * math.pi / frequencies)
+    kept = ((turns - few) / (many - few)).clamp(0, 1)
+    frequencies = (1 - kept) * frequencies / config.rope_scaling + kept * frequencies
+    angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
+    angles = torch.cat([angles, angles], dim=1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turns each pair (i, i + half) of (..., length, head_width) by its position's angle."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention; a group of heads may share keys and values."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.config, self.kv_heads = config, config.kv_heads or config.heads
+        self.widths = [config.width, *[self.kv_heads * config.head_width] * 2]
+        self.qkv = nn.Linear(config.width, sum(self.widths), bias=config.bias)
         self.proj = nn.Linear(config.width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
+        config, (batch, length, width) = self.config, x.shape
         q, k, v = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2)
-            for part in self.qkv(x).split(width, dim=2)
+            part.view(batch, length, -1, config.head_width).transpose(1, 2)
+            for part in self.qkv(x).split(self.widths, dim=2)
         )
-        dropout = self.dropout if self.training else 0.0
+        if config.positions == "rotary":
+            angles = rotary(config, length, x.device)
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if self.kv_heads < config.heads:
+            group = (-1, -1, config.heads // self.kv_heads, -1, -1)
+            k, v = (part.unsqueeze(2).expand(group).flatten(1, 2) for part in (k, v))
+        dropout = config.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         y = self.proj(y.transpose(1, 2).reshape(batch, length, width))
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(y, config.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """Four times as wide inside."""
+    """One hidden layer; with swiglu two, the first of which gates the second."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
-        self.approximate = "tanh" if config.activation == "gelu_new" else "none"
-        self.fc = nn.Linear(config.width, 4 * config.width, bias=config.bias)
-        self.proj = nn.Linear(4 * config.width, config.width, bias=config.bias)
+        self.activation, self.dropout = config.activation, config.dropout
+        hidden = config.mlp_width or 4 * config.width
+        layers = 2 if self.activation == "swiglu" else 1
+        self.fc = nn.Linear(config.width, layers * hidden, bias=config.bias)
+        self.proj = nn.Linear(hidden, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.proj(F.gelu(self.fc(x), approximate=self.approximate))
-        return F.dropout(y, self.dropout, self.training)
+        x = self.fc(x)
+        if self.activation == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_new" else "none")
+        return F.dropout(self.proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -117,9 +188,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = LayerNorm(config)
+        self.ln_1 = Norm(config)
         self.attn = Attention(config)
-        self.ln_2 = LayerNorm(config)
+        self.ln_2 = Norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,17 +199,18 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Tokens and their learned positions."""
+    """Tokens, and their positions where these are learned."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Embedding(config.max_position_embeddings, config.width)
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_position_embeddings, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        # float() for the sake of its gradient: a CPU sums a bf16 one in bf16, as in LayerNorm
-        tokens = F.embedding(ids, self.tokens.weight.float()).to(self.tokens.weight.dtype)
-        return tokens + self.positions.weight[: ids.shape[1]]
+        # float() for the sake of its gradient: a CPU sums a bf16 one in bf16, as in Norm
+        x = F.embedding(ids, self.tokens.weight.float()).to(self.tokens.weight.dtype)
+        return x + self.positions.weight[: ids.shape[1]] if hasattr(self, "positions") else x
 
 
 class GPT(nn.Module):
@@ -153,12 +225,20 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = Embedding(config)
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = LayerNorm(config)
+        self.norm = Norm(config)
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def layers(self) -> dict[str, nn.Module]:
         """The modules that own the parameters, by name, in the order of the forward pass."""
         blocks = {f"decoder.{i}": block for i, block in enumerate(self.decoder)}
-        return {"embedding": self.embedding, **blocks, "norm": self.norm}
+        head = {} if self.config.tied_head else {"lm_head": self.lm_head}
+        return {"embedding": self.embedding, **blocks, "norm": self.norm, **head}
+
+    def head_layers(self) -> dict[str, nn.Module]:
+        """Those whose weights `head` uses."""
+        last = "embedding" if self.config.tied_head else "lm_head"
+        return {name: self.get_submodule(name) for name in (last, "norm")}
 
     @torch.no_grad()
     def init_layer(self, name: str, seed: int) -> None:
@@ -192,14 +272,16 @@ class GPT(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """(..., width) -> logits (..., vocab_size). `loss` overwrites them with their gradient: the
         last operation must not be one whose own gradient needs its result, such as a tanh."""
-        return self.head_linear(self.norm(x), self.embedding.tokens.weight)
+        weights = self.embedding.tokens if self.config.tied_head else self.lm_head
+        return self.head_linear(self.norm(x), weights.weight)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The last block's output (batch, length, width), targets (batch, length) -> the sum, not
         the mean, of the cross-entropies in nats, fp32; targets equal to IGNORE are not counted."""
         x, targets = x.flatten(0, 1), targets.flatten()
         if len(x) >= self.loss_rows and torch.is_grad_enabled():
-            weights = [*self.embedding.parameters(), *self.norm.parameters()]
+            layers = self.head_layers().values()
+            weights = [parameter for layer in layers for parameter in layer.parameters()]
             return ChunkedLoss.apply(self, x, targets, *weights)
         chunks = zip(x.split(self.loss_rows), targets.split(self.loss_rows), strict=True)
         kind = {"ignore_index": IGNORE, "reduction": "sum"}

@@ -38,7 +38,7 @@ from engines.optimizer import (
     BETAS,
     FINAL_FRACTION,
     MOMENTS,
-    decay_steps,
+    decay_span,
     learning_rate,
     parameter_groups,
 )
@@ -96,10 +96,15 @@ class CerebrasEngine(Engine):
         schedulers = cstorch.optim.lr_scheduler
         rate, final = config.learning_rate, FINAL_FRACTION * config.learning_rate
         warmup = schedulers.LinearLR(self.optimizer, 0.0, rate, max(1, config.warmup_steps))
-        decay = schedulers.CosineDecayLR(self.optimizer, rate, final, decay_steps(config))
-        self.schedule = schedulers.SequentialLR(
-            self.optimizer, [warmup, decay], milestones=[config.warmup_steps]
-        )
+        begin, steps = decay_span(config)
+        kind = schedulers.LinearLR if config.schedule == "wsd" else schedulers.CosineDecayLR
+        pieces, self.milestones = [warmup], [config.warmup_steps]
+        if begin > config.warmup_steps:
+            length = begin - config.warmup_steps
+            pieces.append(schedulers.ConstantLR(self.optimizer, rate, length))
+            self.milestones.append(begin)
+        pieces.append(kind(self.optimizer, rate, final, steps))
+        self.schedule = schedulers.SequentialLR(self.optimizer, pieces, self.milestones)
         if self.backend.is_csx:  # bf16 needs no scale, but its scaler skips steps, traced
             self.scaler = cstorch.amp.GradScaler("dynamic", 1.0, None, 1.0, 1.0)
 
@@ -152,8 +157,9 @@ class CerebrasEngine(Engine):
                 values[f"beta{number}_power"] = torch.tensor(power)
         self.optimizer.load_state_dict(state)
         state = self.schedule.state_dict()
-        state["last_epoch"] = state["_schedulers"][0]["last_epoch"] = count
-        state["_schedulers"][1]["last_epoch"] = max(0, count - self.config.warmup_steps)
+        state["last_epoch"] = count
+        for piece, begin in zip(state["_schedulers"], [0, *self.milestones], strict=True):
+            piece["last_epoch"] = max(0, count - begin)
         self.schedule.load_state_dict(state)
         if not self.backend.is_csx:  # there it is done in every traced step
             self.schedule.update_last_value()

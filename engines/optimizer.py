@@ -20,17 +20,23 @@ SPIKE_STEPS, SPIKE_DEVIATIONS, SPIKE_LEAST = 128, 6, 64  # see spike_limits
 
 def learning_rate(config: Configuration, step: int) -> float:
     """The rate of the step-th optimizer step, counted from 1: linear from 0 to the peak at step
-    warmup_steps, then a cosine to a tenth of it decay_steps later, then constant."""
+    warmup_steps, then a cosine to a tenth of it; or with `wsd` the peak, and at the end a line to a
+    tenth of it (Hu et al. 2024, "MiniCPM", 4: warm-up, stable, decay)."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    done = min(1.0, (step - config.warmup_steps) / decay_steps(config))
-    fraction = FINAL_FRACTION + (1 - FINAL_FRACTION) * 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * fraction
+    begin, steps = decay_span(config)
+    done = min(1.0, max(0, step - begin) / steps)
+    left = 1 - done if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * (FINAL_FRACTION + (1 - FINAL_FRACTION) * left)
 
 
-def decay_steps(config: Configuration) -> int:
-    """Steps of the cosine: as configured, or all after the warm-up."""
-    return config.decay_steps or max(1, config.num_steps - config.warmup_steps)
+def decay_span(config: Configuration) -> tuple[int, int]:
+    """The step after which the rate decays, and over how many steps."""
+    if config.schedule == "wsd":
+        steps = config.decay_steps or max(1, config.num_steps // 10)
+        return max(config.warmup_steps, config.num_steps - steps), steps
+    steps = config.decay_steps or max(1, config.num_steps - config.warmup_steps)
+    return config.warmup_steps, steps
 
 
 def is_applied(loss, norm, limits: tuple[float, float]):

@@ -109,7 +109,7 @@ class StreamingEngine(Engine):
         blocks = [name for name in names if name.startswith("decoder.")]
         self.blocks = [[name] for name in blocks]
         self.embedding = names[: names.index(blocks[0])]
-        self.head = [name for name in names if name not in blocks]
+        self.head = list(self.model.head_layers())
         self.first = [self.embedding, *self.blocks, self.head][: LAYERS_AHEAD + 1]
         self.store = self._open_store()
         numbers = min(self.store.chunk, max(self.store.sizes.values()))

@@ -200,28 +200,30 @@ def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> 
     boundary = boundary_bytes(config, config.stream_batch_size)
     one = block(config).kept_bytes * config.micro_batch_size
     matrix = size.matrix * (number + (4 if number == 2 else 0))  # a matrix's own gradient
+    heap = 1 if machine.on_gpu else FRAGMENTATION[False]
     inputs, kept = 0, 0
     if training and config.activation_checkpointing:
         inputs = config.depth * boundary
     elif training:
         kept = config.stream_batch_size * block(config).kept_bytes * config.depth
-        kept *= 1 if machine.on_gpu else FRAGMENTATION[False]
+        kept *= heap
     on_host = inputs and config.activation_location == "host"
     on_device = kept + (0 if on_host else inputs)
     lookup = 4 * config.vocab_size * config.width if number == 2 else 0  # in fp32, in Embedding
-    weights = number * max(three, size.outside + two)  # of a visit and of those two ahead
+    ends = max(size.embedding, size.head)
+    weights = number * max(three, ends + two)  # of a visit and of those two ahead
     phases = [
         weights + 2 * boundary + on_device,
-        number * (size.outside + two) + lookup + 2 * boundary,
-        number * (size.outside + two) + head_bytes(config, training) + 2 * boundary,
+        number * (size.embedding + two) + lookup + 2 * boundary,
+        number * (size.head + two) + heap * head_bytes(config, training) + 2 * boundary,
     ]
     phases[0] += 0 if kept else one
     phases[2] += on_device
     if training:
-        gradients = 4 * max(two, size.outside + size.block)
-        phases[2] += 4 * size.outside
+        gradients = 4 * max(two, ends + size.block)
+        phases[2] += 4 * size.head
         phases.append(weights + gradients + boundary + one + matrix + on_device)
-    largest, kinds = max(size.block, size.outside), 4 if training else 1
+    largest, kinds = max(size.block, ends), 4 if training else 1
     chunk = 4 * min(CHUNK[config.stream_to], largest)
     staging = (AHEAD + 1) * (kinds + 1) * chunk
     state = count(config) * (STATE_BYTES if training else 4)
@@ -281,8 +283,8 @@ def _tiers(machine: Machine, device: float, host: float, disk: float) -> dict[st
 
 
 def step_flops(config: Configuration) -> float:
-    """FLOPs of a step: those of its blocks, and 6 a parameter and token outside of them."""
-    return 6 * step_tokens(config) * sizes(config).outside + block_flops(config)
+    """FLOPs of a step: those of its blocks, and 6 a token and parameter of the head."""
+    return 6 * step_tokens(config) * sizes(config).head + block_flops(config)
 
 
 def block_flops(config: Configuration) -> float:
@@ -303,14 +305,16 @@ def moved_bytes(config: Configuration) -> tuple[tuple[int, int], tuple[int, int]
     passes, and with the loss in its backward passes.
 
     Forward the state with its update, 16 in and 12 out a parameter; backward the weight in and the
-    gradient out, 4 and 4. The embedding is fetched three times and has two gradients, the last
-    block stays on the device, and each further pass fetches weights and adds to gradients."""
+    gradient out, 4 and 4. The embedding is fetched again at the end, and with a tied head before
+    it and has two gradients; the last block stays on the device, and each further pass fetches
+    weights and adds to gradients."""
     size = sizes(config)
     passes = ceil(config.batch_size / config.stream_batch_size)
-    again = size.outside + (size.blocks - size.block) + size.outside
-    gradients = size.blocks + 2 * size.outside
+    again = size.head + (size.blocks - size.block) + size.embedding
+    gradients = size.embedding + size.blocks + size.head
     added = passes * gradients - size.total  # what gradients are added to
-    forward = (12 * size.total + passes * 4 * size.total, 12 * size.total)
+    once = size.embedding + size.blocks
+    forward = (12 * size.total + passes * 4 * once, 12 * size.total)
     return forward, (passes * 4 * again + 4 * added, passes * 4 * gradients)
 
 

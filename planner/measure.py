@@ -17,10 +17,13 @@ from model import GPT, GPTConfig
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: outside the blocks, in one block, in its largest matrix, in all
-    blocks; and the shapes of all."""
+    """Numbers of parameters: outside the blocks, in the embedding and in what the head uses (a tied
+    one the embedding too), in one block, in its largest matrix, in all blocks; and the shapes of
+    all."""
 
     outside: int
+    embedding: int
+    head: int
     block: int
     matrix: int
     blocks: int
@@ -62,7 +65,9 @@ def _sizes(keys: tuple) -> Sizes:
     blocks = [count for name, count in counts.items() if name.startswith("decoder.")]
     shapes = tuple(parameter.shape for parameter in model.parameters())
     matrix = max(parameter.numel() for parameter in model.decoder[0].parameters())
-    return Sizes(sum(counts.values()) - sum(blocks), max(blocks), matrix, sum(blocks), shapes)
+    ends = (sum(counts.values()) - sum(blocks), counts["embedding"])
+    head = sum(counts[name] for name in model.head_layers())
+    return Sizes(*ends, head, max(blocks), matrix, sum(blocks), shapes)
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Writes text: with transformers where its GPT-2 computes the same as model.py, else with it."""
+"""Writes text: with transformers where its model computes the same as model.py, else with it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,8 @@ from torch import Tensor
 from model import GPT
 from runtime.checkpoint import Checkpoint
 from runtime.console import warn
-from runtime.huggingface import NotGPT2, assign, check_gpt2, check_memory, load_model
+from runtime.families import NotInTransformers
+from runtime.huggingface import assign, check_memory, check_same, load_model
 
 
 def open_model(checkpoint: Checkpoint, length: int) -> Callable[..., Tensor]:
@@ -17,8 +18,8 @@ def open_model(checkpoint: Checkpoint, length: int) -> Callable[..., Tensor]:
     (1, n) -> (1, n + max_new_tokens), or fewer where the text ends."""
     config, (device, dtype) = checkpoint.check_model(), check_memory(checkpoint)
     try:
-        check_gpt2(checkpoint, config, min(length, config.max_position_embeddings))
-    except NotGPT2 as error:
+        check_same(checkpoint, config, min(length, config.max_position_embeddings))
+    except NotInTransformers as error:
         warn(f"{error}; generating with model.py, which is slower")
     else:
         return partial(generate, load_model(checkpoint, config, device, dtype))
@@ -34,7 +35,7 @@ def generate(
 ) -> Tensor:
     """With transformers' model. At the last of its positions it goes on from the second half of the
     text."""
-    limit, ids = model.config.n_positions, ids.to(model.device)
+    limit, ids = model.config.max_position_embeddings, ids.to(model.device)
     length = ids.shape[1] + max_new_tokens
     draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
     draw = draw if temperature > 0 else {"do_sample": False}

@@ -1,11 +1,7 @@
-"""Our model and Hugging Face's GPT-2: names, weights both ways, tokenizers.
-
-Our tensors and those of transformers' GPT2LMHeadModel differ in name, and its linear layers
-(Conv1D) hold the transpose of ours. A model without biases gets biases of zero there.
-"""
+"""Checkpoints and models of Hugging Face's transformers: weights both ways, tokenizers."""
 
 import json
-import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
@@ -22,177 +18,148 @@ from model import GPT, GPTConfig
 from planner.machine import host_memory
 from runtime.checkpoint import Checkpoint
 from runtime.console import UserError, short, warn
+from runtime.families import FAMILIES, Family, NotInTransformers, family_of
 from runtime.tokens import Tokens
 
 INDEX = "model.safetensors.index.json"  # the name transformers looks for
 END_OF_TEXT = "<|endoftext|>"
-BLOCK = {
-    "ln_1": "ln_1",
-    "attn.qkv": "attn.c_attn",
-    "attn.proj": "attn.c_proj",
-    "ln_2": "ln_2",
-    "mlp.fc": "mlp.c_fc",
-    "mlp.proj": "mlp.c_proj",
-}
-ENDS = {"embedding.tokens": "wte", "embedding.positions": "wpe", "norm": "ln_f"}
 
 
-OF_GPT2 = {  # the values of their configuration that model.py can compute
-    "model_type": ["gpt2"],
-    "activation_function": ["gelu", "gelu_new"],
-    "layer_norm_epsilon": [1e-5],
-    "n_inner": [None],
-    "tie_word_embeddings": [True],
-    "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False],
-    "quantization_config": [None],
-}
+def hugging_face_names(checkpoint: Checkpoint, config: GPTConfig) -> dict[str, list[str]]:
+    """Their names of each weight, by ours; NotInTransformers where they have none."""
+    family = family_of(config)
+    return {name: family.names(name) for name in checkpoint.weights}
 
 
-def hugging_face_name(name: str) -> str:
-    """decoder.3.attn.qkv.weight -> transformer.h.3.attn.c_attn.weight"""
-    module, kind = name.rsplit(".", 1)
-    if block := re.fullmatch(r"decoder\.(\d+)\.(.+)", module):
-        return f"transformer.h.{block[1]}.{BLOCK[block[2]]}.{kind}"
-    return f"transformer.{ENDS[module]}.{kind}"
-
-
-def is_transposed(name: str) -> bool:
-    """Whether the other side holds the transpose of this tensor."""
-    return re.search(r"(attn|mlp)\.\w+\.weight$", name) is not None
-
-
-def hugging_face_config(config: GPTConfig):
-    """The GPT2Config of a model."""
-    from transformers import GPT2Config
-
-    end_of_text = 50256 if config.vocab_size > 50256 else None  # in GPT-2's vocabulary
-    return GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.max_position_embeddings,
-        n_embd=config.width,
-        n_layer=config.depth,
-        n_head=config.heads,
-        activation_function=config.activation,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-        initializer_range=config.init_std,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        architectures=["GPT2LMHeadModel"],
-    )
-
-
-class NotGPT2(UserError):
-    """The model is not one that transformers' GPT-2 can be."""
-
-
-def hugging_face_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Their name of each weight, by ours; NotGPT2 where GPT-2 has none."""
-    try:
-        return {name: hugging_face_name(name) for name in checkpoint.weights}
-    except (KeyError, ValueError) as error:
-        where = f"{short(error.args[0])} of {checkpoint.path}"
-        raise NotGPT2(f"{where} has no place in transformers' GPT-2") from None
-
-
-def hugging_face_tensors(checkpoint: Checkpoint, layer: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(their name, tensor), one at a time: of a layer, or of all."""
-    for name, theirs in hugging_face_names(checkpoint).items():
-        if not name.startswith(layer):
-            continue
-        tensor = checkpoint.read(name)
-        yield theirs, tensor.T.contiguous() if is_transposed(name) else tensor
-        if not checkpoint.config.bias and not name.startswith("embedding"):
-            yield theirs.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])
+def hugging_face_tensors(
+    checkpoint: Checkpoint, config: GPTConfig, layer: str = ""
+) -> Iterator[tuple[str, Tensor]]:
+    """(their name, tensor), one of ours at a time: of a layer, or of all."""
+    family = family_of(config)
+    for name in checkpoint.weights:
+        if name.startswith(layer):
+            yield from family.split(name, checkpoint.read(name), config)
 
 
 @torch.no_grad()
-def check_gpt2(checkpoint: Checkpoint, config: GPTConfig, positions: int) -> None:
-    """Raises NotGPT2 where transformers' GPT-2 computes something else from a checkpoint's weights
-    than model.py does. Each layer of both is given the same input, at first `positions` random ids;
-    no more than a layer is in memory."""
-    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
-
-    theirs_config = hugging_face_config(config)
+def check_same(checkpoint: Checkpoint, config: GPTConfig, positions: int) -> None:
+    """Raises NotInTransformers where a model of transformers computes something else from a
+    checkpoint's weights than model.py does. Each layer of both is given the same input, at first
+    `positions` random ids; no more than a layer is in memory."""
+    family = family_of(config)
+    theirs_config = family.theirs(config)
     theirs_config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model, block = GPT(config).eval(), GPT2Block(theirs_config, 0).eval()
+        model = GPT(config).eval()
+    block, run = family.block(theirs_config)
     ids = torch.randint(config.vocab_size, (1, positions), generator=torch.Generator())
 
     def load(layer: str) -> dict[str, Tensor]:
-        """Loads a layer of ours, and returns their tensors."""
+        """Loads a layer of ours, and returns their tensors by ours or, in a block, their names."""
         module = model.get_submodule(layer)
-        names = [name for name, _ in module.named_parameters()]
-        assign(module, ((name, checkpoint.read(f"{layer}.{name}")) for name in names))
-        tensors = hugging_face_tensors(checkpoint, f"{layer}.")
-        return {name.split(".", 1)[1]: tensor for name, tensor in tensors}
+        names = [f"{layer}.{name}" for name, _ in module.named_parameters()]
+        if unknown := set(names) - set(checkpoint.weights):
+            raise NotInTransformers(f"{checkpoint.path} lacks {min(unknown)}")
+        ours = {name: checkpoint.read(name) for name in names}
+        assign(module, ((name.removeprefix(f"{layer}."), t) for name, t in ours.items()))
+        if not layer.startswith("decoder."):
+            return ours
+        start = f"{family.prefix}{family.blocks}.{layer.split('.')[1]}."
+        theirs = hugging_face_tensors(checkpoint, config, f"{layer}.")
+        return {name.removeprefix(start): tensor for name, tensor in theirs}
 
     def compare(layer: str, ours: Tensor, theirs: Tensor, x: Tensor | float = 0.0) -> Tensor:
         """Compares what a layer made of x; returns ours."""
         x = torch.as_tensor(x)
         tolerance = 1e-4 * (ours - x).norm() + 1e-6 * x.norm()  # the second is fp32's rounding
         if not (ours - theirs).norm() <= tolerance:
-            raise NotGPT2(f"{layer} of model.py differs from transformers' GPT-2")
+            raise NotInTransformers(
+                f"{layer} of model.py differs from transformers' {family.title}"
+            )
         return ours
 
-    theirs = load("embedding")
-    embedded = theirs["wte.weight"][ids] + theirs["wpe.weight"][:positions]
+    embedding = load("embedding")
+    embedded = embedding["embedding.tokens.weight"][ids]
+    if "embedding.positions.weight" in embedding:
+        embedded += embedding["embedding.positions.weight"][:positions]
     x = compare("embedding", model.embed(ids), embedded)
     blocks = tqdm(model.decoder, "comparing", unit="block", disable=None, leave=False)
     for i, ours in enumerate(blocks):
-        theirs = load(f"decoder.{i}")
-        assign(block, ((name.split(".", 2)[2], tensor) for name, tensor in theirs.items()))
-        output = block(x)
-        output = output[0] if isinstance(output, tuple) else output  # before transformers 5
-        x = compare(f"decoder.{i}", ours(x), output, x)
+        assign(block, load(f"decoder.{i}").items())
+        x = compare(f"decoder.{i}", ours(x), run(x), x)
         ours.to("meta")
-    theirs, x = load("norm"), x[:, -64:]  # of few positions: their logits are large
-    normed = F.layer_norm(x, x.shape[-1:], theirs["ln_f.weight"], theirs["ln_f.bias"])
-    compare("head", model.head(x), F.linear(normed, model.embedding.tokens.weight))
+    norm, x = load("norm"), x[:, -64:]  # of few positions: their logits are large
+    name = "embedding.tokens.weight" if config.tied_head else "lm_head.weight"
+    head = (embedding if config.tied_head else load("lm_head"))[name]
+    compare("head", model.head(x), F.linear(family.normed(x, norm, config), head))
 
 
 def assign(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Makes these the module's parameters, one at a time; NotGPT2 where a shape is another."""
+    """Makes these the module's parameters, one at a time; NotInTransformers where a shape is
+    another."""
     for name, tensor in tensors:
         path, _, attribute = name.rpartition(".")
         if (shape := module.get_parameter(name).shape) != tensor.shape:
-            raise NotGPT2(f"{name} has shape {list(tensor.shape)}, GPT-2's is {list(shape)}")
+            raise NotInTransformers(
+                f"{name} has shape {list(tensor.shape)}, transformers' is {list(shape)}"
+            )
         setattr(module.get_submodule(path), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
 def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
-    """The run of `config` with the model of its init_from, a folder or hub name of Hugging Face
-    GPT-2, and `read(our name, rows)` over its weights, which stay in their files."""
+    """The run of `config` with the model of its init_from, a folder or hub name of a Hugging Face
+    model, and `read(our name, rows)` over its weights, which stay in their files."""
     from transformers import AutoConfig
 
     source = config.init_from
     try:
         theirs = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        for key, values in OF_GPT2.items():
+        if (family := FAMILIES.get(theirs.model_type)) is None:
+            raise ValueError(
+                f"its model_type is {short(theirs.model_type)}; known are {', '.join(FAMILIES)}"
+            )
+        for key, values in family.required.items():
             if (value := getattr(theirs, key, None)) not in values:
                 raise ValueError(f"its {key} is {str(value)[:100]}, which model.py can't compute")
-        config = config.with_model(_model_of(theirs, config))
-        places = _places(source)
+        keys = {"dropout": config.dropout, "init_std": config.init_std}
+        config = config.with_model(GPTConfig(**keys | family.ours(theirs)))
+        places = _places(source, family)
         with torch.device("meta"):
             model = GPT(config)
         for name, parameter in model.named_parameters():
-            shape = list(parameter.T.shape if is_transposed(name) else parameter.shape)
-            if (key := hugging_face_name(name)) not in places:
-                raise ValueError(f"it lacks {key}")
-            if places[key][2] != shape:
-                raise ValueError(f"{key} has shape {places[key][2]}, its config.json's is {shape}")
+            _check_shapes(places, family, name, parameter.shape, config)
     except Exception as error:  # transformers raises no narrower one for what a file can hold
         raise _not_loaded(source, error) from None
 
     def read(name: str, rows: slice | None = None) -> Tensor:
-        file, key, _ = places[hugging_face_name(name)]
-        with safe_open(file, "pt") as opened:
-            tensor, rows = opened.get_slice(key), rows or slice(None)
-            return (tensor[:, rows].T if is_transposed(name) else tensor[rows]).float()
+        begin, end, parts = 0, sys.maxsize, []
+        if rows is not None:
+            begin, end = rows.start, rows.stop
+        for theirs in family.names(name):
+            file, key, shape = places[theirs]
+            count = shape[1] if family.is_transposed(name) else shape[0]
+            part = slice(max(0, min(begin, count)), max(0, min(end, count)))
+            begin, end = begin - count, end - count
+            with safe_open(file, "pt") as opened:
+                tensor = opened.get_slice(key)
+                parts.append(tensor[:, part].T if family.is_transposed(name) else tensor[part])
+        return torch.cat(parts).float()
 
     return config, read
+
+
+def _check_shapes(
+    places: dict, family: Family, name: str, shape: torch.Size, config: GPTConfig
+) -> None:
+    """Raises ValueError where a tensor is missing or has another shape than one of ours needs."""
+    rows = family.rows(name.rsplit(".", 1)[0], config) or [shape[0]]
+    for theirs, count in zip(family.names(name), rows, strict=True):
+        if theirs not in places:
+            raise ValueError(f"it lacks {theirs}")
+        needed = [count, *shape[1:]]
+        needed = needed[::-1] if family.is_transposed(name) else needed
+        if (found := places[theirs][2]) != needed:
+            raise ValueError(f"{theirs} has shape {found}, its config.json's is {needed}")
 
 
 def _not_loaded(source: str, error: Exception) -> UserError:
@@ -200,7 +167,7 @@ def _not_loaded(source: str, error: Exception) -> UserError:
     return UserError(f"init_from: {source}: {reason}")
 
 
-def _places(source: str) -> dict[str, tuple[str, str, list[int]]]:
+def _places(source: str, family: Family) -> dict[str, tuple[str, str, list[int]]]:
     """The file, the name in it and the shape of each tensor of a folder or hub name, by its full
     name."""
     index, names = find_file(source, INDEX), ["model.safetensors"]
@@ -213,7 +180,8 @@ def _places(source: str) -> dict[str, tuple[str, str, list[int]]]:
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 place = (file, key, opened.get_slice(key).get_shape())
-                places[f"transformer.{key.removeprefix('transformer.')}"] = place
+                full = key if key.startswith((family.prefix, "lm_head.")) else family.prefix + key
+                places[full] = place
     return places
 
 
@@ -242,20 +210,6 @@ def check_vocabulary(source: str, tokens: Tokens) -> None:
             f"init_from: {source} has another tokenizer than {tokens.path.parent}; prepare the "
             f"data with the tokenizer of these weights"
         )
-
-
-def _model_of(theirs, config: Configuration) -> GPTConfig:
-    """The shape of their model."""
-    return GPTConfig(
-        width=theirs.n_embd,
-        depth=theirs.n_layer,
-        heads=theirs.n_head,
-        vocab_size=theirs.vocab_size,
-        max_position_embeddings=theirs.n_positions,
-        dropout=config.dropout,
-        init_std=config.init_std,
-        activation=theirs.activation_function,
-    )
 
 
 def load_tokenizer(checkpoint: Checkpoint):
@@ -311,12 +265,15 @@ def check_memory(checkpoint: Checkpoint) -> tuple[str, torch.dtype]:
 
 
 def load_model(checkpoint: Checkpoint, config: GPTConfig, device: str, dtype: torch.dtype):
-    """The checkpoint as transformers' GPT2LMHeadModel."""
-    from transformers import GPT2LMHeadModel
+    """The checkpoint as a model of transformers."""
+    from transformers import AutoModelForCausalLM
 
+    family = family_of(config)
     with torch.device("meta"):
-        model = GPT2LMHeadModel(hugging_face_config(config)).eval()
-    tensors = hugging_face_tensors(checkpoint)
+        model = AutoModelForCausalLM.from_config(family.theirs(config)).eval()
+    family.complete(model, device)
+    tensors = hugging_face_tensors(checkpoint, config)
     assign(model, ((name, tensor.to(device, dtype)) for name, tensor in tensors))
-    model.lm_head.weight = model.transformer.wte.weight
+    if config.tied_head:
+        model.lm_head.weight = model.get_input_embeddings().weight
     return model

@@ -174,7 +174,7 @@ def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
                 f"configuration's {now}"
             )
         effect = "; data order will differ" if key in DATA_KEYS else ""
-        if key == "num_steps" and config.decay_steps is None:
+        if key == "num_steps" and (config.decay_steps is None or config.schedule == "wsd"):
             effect = "; the learning rate decays towards the new end"
         warn(f"{key} is {now}; it was {before} in {checkpoint.path}{effect}")
 

@@ -87,7 +87,7 @@ def test_written_configuration_is_a_configuration_again(parse, config, tmp_path)
         (["--batch_size", "many"], "batch_size: 'many' should be a valid integer"),
         (["--batch_size", "1.5"], "batch_size: 1.5 should be a valid integer"),
         (["--bias", "maybe"], "bias: .*maybe"),
-        (["--activation", "relu"], "activation: 'relu' should be 'gelu' or 'gelu_new'"),
+        (["--activation", "relu"], "activation: 'relu' should be 'gelu', 'gelu_new' or 'swig"),
         (["--backend", "TPU"], "backend: 'TPU' should be 'auto', 'CPU', 'GPU' or 'CSX'"),
         (["--heads", "5"], "heads: 5 does not divide width 32"),
         (["--sequence_length", "33"], "sequence_length: 33 is above max_position_embeddings 32"),

@@ -13,7 +13,7 @@ from conftest import ROOT, VOCABULARY, records, write_dataset
 from safetensors.torch import load_file, save_file
 from test_train import refused
 
-from model import GPT, Block, GPTConfig, LayerNorm
+from model import GPT, MLP, Block, GPTConfig, Norm
 from runtime.checkpoint import MODEL_CODE, Checkpoint, model_code
 from runtime.files import read_sealed, write_sealed
 from runtime.huggingface import load_model, load_tokenizer
@@ -98,15 +98,15 @@ def test_init_from_weights_of_transformers(run, config, tmp_path):
     assert (our_logits(checkpoint, ids) - theirs(ids).logits).abs().max() < 1e-4
 
 
-def test_what_is_not_a_gpt2_is_refused(run, config, tmp_path):
-    from transformers import GPT2Config, LlamaConfig
+def test_what_model_cannot_compute(run, config, tmp_path):
+    from transformers import GPT2Config, GPTNeoXConfig
 
-    LlamaConfig().save_pretrained(tmp_path / "llama")
-    seen = run("train", config.path, "--init_from", tmp_path / "llama")
-    refused(seen, "its model_type is llama, which model.py can't compute")
-    GPT2Config(n_inner=100).save_pretrained(tmp_path / "inner")
-    seen = run("train", config.path, "--init_from", tmp_path / "inner")
-    refused(seen, "its n_inner is 100, which model.py can't compute")
+    GPTNeoXConfig().save_pretrained(tmp_path / "neox")
+    seen = run("train", config.path, "--init_from", tmp_path / "neox")
+    refused(seen, "its model_type is 'gpt_neox'; known are gpt2, llama")
+    GPT2Config(scale_attn_weights=False).save_pretrained(tmp_path / "unscaled")
+    seen = run("train", config.path, "--init_from", tmp_path / "unscaled")
+    refused(seen, "its scale_attn_weights is False, which model.py can't compute")
 
 
 def test_export_without_biases(run, config, tmp_path):
@@ -257,15 +257,15 @@ def parallel(self: Block, x: torch.Tensor) -> torch.Tensor:
     return x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))
 
 
-def rms_norm(self: LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+def squared_relu(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    return self.proj(F.relu(self.fc(x)).square())
 
 
 @pytest.mark.parametrize(
     ("part", "forward", "more", "where"),
     [
         (Block, parallel, [], "decoder.0 of model.py differs from transformers'"),
-        (LayerNorm, rms_norm, ["--bias", "false"], "decoder.0 of model.py differs"),
+        (MLP, squared_relu, ["--bias", "false"], "decoder.0 of model.py differs"),
     ],
 )
 def test_a_changed_model(run, config, monkeypatch, tmp_path, part, forward, more, where):
@@ -298,12 +298,12 @@ def test_a_wider_mlp_and_another_parameter_are_no_gpt2(run, config, monkeypatch,
 
     def further(self: Block, config: GPTConfig) -> None:
         build(self, config)
-        self.ln_3 = LayerNorm(config)
+        self.ln_3 = Norm(config)
         self.register_forward_hook(lambda block, inputs, output: block.ln_3(output))
 
     for change, message in (
-        (wider, "mlp.c_fc.weight has shape [32, 64], GPT-2's is [32, 128]"),
-        (further, "'ln_3' of"),
+        (wider, "mlp.c_fc.weight has shape [32, 64], transformers' is [32, 128]"),
+        (further, "'decoder.0.ln_3.weight' has no place in transformers' GPT-2"),
     ):
         monkeypatch.setattr(Block, "__init__", change)
         out = tmp_path / change.__name__

@@ -14,7 +14,7 @@ LADDER = [  # the ground first
     *("engines.resident", "engines.streaming", "engines.sharded", "engines.cerebras", "engines"),
     *("planner.measure", "planner.machine", "planner.costs", "planner.search", "planner.report"),
     *("planner.resolve", "runtime.launch", "runtime.distributed", "runtime.metrics"),
-    *("runtime.huggingface", "runtime.generation", "runtime.resume"),
+    *("runtime.families", "runtime.huggingface", "runtime.generation", "runtime.resume"),
 ]
 COMMANDS = ["train", "eval", "sample", "export", "plan"]
 PACKAGES = ("runtime", "planner", "engines", "data")

@@ -50,17 +50,22 @@ def moved(config: Configuration) -> tuple[int, int]:
 
 
 def test_bytes_that_move_by_hand():
-    """20 in and 16 out a parameter, but that the last block comes once and the rest thrice."""
+    """20 in and 16 out a parameter, but that the last block comes once and the embedding thrice."""
     config = Configuration(**GPT2, engine="streaming", micro_batch_size=16, stream_batch_size=16)
-    blocks = 10 * BLOCK
-    inward = 16 * (blocks + OUTSIDE) + 4 * (blocks - BLOCK) + 4 * OUTSIDE + 4 * OUTSIDE
-    inward += 4 * OUTSIDE  # the first of the embedding's two gradients comes back
-    outward = 12 * (blocks + OUTSIDE) + 4 * blocks + 8 * OUTSIDE
+    blocks, embedding = 10 * BLOCK, OUTSIDE - 2 * 768
+    weights = 4 * (embedding + blocks + OUTSIDE + blocks - BLOCK + embedding)
+    gradients = 4 * (embedding + blocks + OUTSIDE)
+    inward = 12 * (blocks + OUTSIDE) + weights
+    inward += 4 * embedding  # the first of the embedding's two gradients comes back
+    outward = 12 * (blocks + OUTSIDE) + gradients
     assert moved(config) == (inward, outward)
     half = replace(config, micro_batch_size=8, stream_batch_size=8)
-    weights = 4 * (blocks + OUTSIDE + OUTSIDE + blocks - BLOCK + OUTSIDE)
-    gradients = 4 * (blocks + 2 * OUTSIDE)
     assert moved(half) == (inward + weights + gradients, outward + gradients)
+    untied = replace(config, tied_head=False)
+    head = 50257 * 768 + 2 * 768
+    total = embedding + blocks + head
+    weights = 4 * (embedding + blocks + head + blocks - BLOCK + embedding)
+    assert moved(untied) == (12 * total + weights, 16 * total)
 
 
 def test_flops_by_hand():

@@ -430,10 +430,10 @@ def test_peak_memory_does_not_grow_with_depth(config):
 
 
 MODEL = (
-    (  # RMSNorm, without weights to begin with
-        "        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, "
-        "self.eps)\n",
-        "        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)\n",
+    (  # the square of a ReLU
+        '            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_new" else '
+        '"none")\n',
+        "            x = F.relu(x).square()\n",
     ),
     (  # attention and MLP in parallel
         "        x = x + self.attn(self.ln_1(x))\n        return x + self.mlp(self.ln_2(x))\n",

@@ -1,0 +1,251 @@
+"""Llama's parts in model.py, against transformers' LlamaForCausalLM and through every engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import VOCABULARY, figures, records
+from test_export import our_logits
+from test_sharded import command
+from test_streaming import equal_runs, state_of, streaming_config
+from test_train import close, engine_config, refused, train
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from configuration import Configuration
+from dataset import TrainData
+from engines import open_engine
+from engines.optimizer import learning_rate
+from model import GPT, GPTConfig
+from runtime.checkpoint import Checkpoint
+from runtime.huggingface import read_hugging_face
+
+LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
+LLAMA |= {"kv_heads": 2, "heads": 4, "mlp_width": 88, "tied_head": False}
+SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SHAPES = {
+    "grouped heads, tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "untied": {},
+    "llama 3": {"num_key_value_heads": 1, "rope_parameters": SCALING},
+    "odd vocabulary, biases": {"vocab_size": 31, "attention_bias": True, "mlp_bias": True},
+}
+
+
+def their_model(out: Path, positions: int = 16384, **keys) -> LlamaForCausalLM:
+    """A random Llama of transformers, saved in `out`, whose norms are not all ones."""
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 88}
+    shape |= {"max_position_embeddings": positions, "rms_norm_eps": 1e-5}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape | keys)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(out, max_shard_size="100KB")
+    return model
+
+
+def loaded(out: Path, **keys) -> tuple[Configuration, GPT]:
+    """The same in model.py."""
+    config, read = read_hugging_face(Configuration(init_from=str(out), **keys))
+    model = GPT(config).eval()
+    model.load_state_dict({name: read(name) for name in model.state_dict()})
+    return config, model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_logits_equal_transformers(tmp_path, shape):
+    """At positions where Llama 3's scaling matters too."""
+    theirs = their_model(tmp_path / "theirs", **SHAPES[shape])
+    assert (tmp_path / "theirs/model.safetensors.index.json").exists()
+    config, model = loaded(tmp_path / "theirs")
+    ids = torch.randint(config.vocab_size, (2, 2048), generator=torch.Generator().manual_seed(0))
+    expected = theirs(ids).logits
+    assert expected.abs().max() > 1
+    assert (model(ids) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_there_and_back(run, config, tmp_path, shape):
+    """Imported, trained three steps, exported and opened with transformers; then imported again."""
+    keys = {"positions": 64} | SHAPES[shape] | {"vocab_size": max(VOCABULARY, 31)}
+    their_model(tmp_path / "theirs", **keys)
+    flags = ["--init_from", tmp_path / "theirs", "--num_steps", 3, "--warmup_steps", 0]
+    seen = run("train", config.path, *flags)
+    assert seen.status == 0, seen.err
+    checkpoint = Checkpoint(config.out / "checkpoint_3.mdl")
+    out = tmp_path / "exported"
+    assert run("export", "--checkpoint_path", checkpoint.path, "--out", out).status == 0
+    theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert isinstance(theirs, LlamaForCausalLM)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = torch.randint(VOCABULARY, (3, 64), generator=torch.Generator().manual_seed(0))
+    expected = our_logits(checkpoint, ids)
+    assert (theirs.eval()(ids).logits - expected).abs().max() < 1e-4
+    _, again = loaded(out, sequence_length=64)
+    assert (again(ids) - expected).abs().max() < 1e-5
+
+
+def test_steps_equal_a_loop_over_transformers(dataset, tmp_path):
+    """Ten clipped steps."""
+    theirs = their_model(tmp_path / "theirs", 32, num_key_value_heads=2)
+    keys = {"batch_size": 4, "micro_batch_size": 4, "sequence_length": 32, "precision": "fp32"}
+    keys |= {"backend": "CPU", "engine": "resident", "learning_rate": 1e-2, "warmup_steps": 3}
+    config, read = read_hugging_face(
+        Configuration(**keys, init_from=str(tmp_path / "theirs"), max_gradient_norm=0.1)
+    )
+    engine = open_engine(config)
+    engine.load(read, None)
+    batches = TrainData(dataset, VOCABULARY, 32, 4, config.seed)
+    matrices = [p for p in theirs.parameters() if p.dim() == 2]
+    others = [p for p in theirs.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for step, got in enumerate(engine.run(batches, 0, 10, lambda fraction: None)):
+        batch = batches.get(step)
+        ids, targets = (torch.from_numpy(part.copy()) for part in (batch.ids, batch.targets))
+        loss = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step + 1)
+        optimizer.step()
+        assert norm > 0.1
+        assert close(got.loss, loss.item(), 1e-5), step
+        assert close(got.grad_norm, norm.item(), 1e-5), step
+
+
+PARTS = {
+    "rmsnorm": {"norm": "rmsnorm"},
+    "rotary": {"positions": "rotary", "rope_scaling": 8.0},
+    "swiglu": {"activation": "swiglu", "mlp_width": 40},
+    "grouped heads": {"heads": 4, "kv_heads": 1},
+    "untied": {"tied_head": False},
+    "all": LLAMA,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_streaming_equals_resident(dataset, tmp_path, part):
+    """Each part alone works too; from RAM and disk, recomputed and kept, in two passes."""
+    same = PARTS[part] | {"micro_batch_size": 2, "dropout": 0.1}
+    expected, oracle = train(engine_config(**same), dataset, 6)
+    assert expected[-1].loss < expected[0].loss
+    for keys in (
+        {"stream_to": "ram", "activation_checkpointing": False},
+        {"stream_to": "disk", "stream_batch_size": 2},
+    ):
+        got, engine = train(streaming_config(tmp_path, **same | keys), dataset, 6)
+        equal_runs(expected, got)
+        engine.close()
+    assert state_of(oracle).keys() == {
+        f"{kind}{name}" for kind in ("", "exp_avg.", "exp_avg_sq.") for name in oracle.weights
+    }
+
+
+def flags_of(keys: dict) -> list:
+    return [part for key, value in keys.items() for part in (f"--{key}", str(value).lower())]
+
+
+@pytest.mark.parametrize("systems", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_systems_equal_one(run, config, tmp_path, systems):
+    flags = [*flags_of(LLAMA), "--precision", "fp32"]
+    assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0
+    command("train", config.path, *flags, "--num_systems", systems)
+    for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
+        assert close(b["loss"], a["loss"], 1e-5)
+        assert close(b["grad_norm"], a["grad_norm"], 1e-5)
+
+
+def test_a_run_crosses_engines(run, config, tmp_path):
+    """And a resumed one equals one that was never stopped, bit for bit."""
+    flags = [*flags_of(LLAMA), "--precision", "fp32", "--checkpoint_path", "latest"]
+    run("train", config.path, *flags, "--out_dir", tmp_path / "whole")
+    for steps in (3, 6):  # an evaluation comes at the end of each part
+        more = ["--num_steps", steps, "--decay_steps", 4]
+        assert run("train", config.path, *flags, *more).status == 0
+    parts = [figures(out) for out in (config.out, tmp_path / "whole")]
+    stopped, whole = ([record for record in part if "loss" in record] for part in parts)
+    assert stopped == whole
+    crossed = tmp_path / "crossed"
+    for engine, steps in (("streaming", 3), ("resident", 6)):
+        more = ["--engine", engine, "--num_steps", steps, "--decay_steps", 4, "--out_dir", crossed]
+        assert run("train", config.path, *flags, *more).status == 0
+    for a, b in zip(records(tmp_path / "whole"), records(crossed), strict=True):
+        assert close(b["loss"], a["loss"], 1e-5)
+
+
+def test_sampling(run, config):
+    """With transformers' Llama; a model with parts of both is sampled with model.py."""
+    flags = [*flags_of(LLAMA), "--num_steps", 3]
+    assert run("train", config.path, *flags).status == 0
+    seen = run("sample", "--checkpoint_path", config.out, "--prompt", "ab", "--max_new_tokens", 60)
+    assert seen.status == 0 and seen.out.startswith("ab") and not seen.err, seen.err
+    mixed = ["--norm", "rmsnorm", "--num_steps", 3, "--out_dir", config.out.with_name("mixed")]
+    assert run("train", config.path, *mixed).status == 0
+    flags = ["--checkpoint_path", mixed[-1], "--prompt", "ab"]
+    seen = run("sample", *flags, "--max_new_tokens", 9)
+    assert "transformers' GPT-2 has no norm rmsnorm; generating with model.py" in seen.err
+    refused(
+        run("export", "--checkpoint_path", mixed[-1], "--out", config.out / "e"), "can't be exp"
+    )
+
+
+def test_export_in_bf16(run, config, tmp_path):
+    run("train", config.path, *flags_of(LLAMA), "--num_steps", 3)
+    flags = ["--checkpoint_path", config.out, "--out", tmp_path / "half", "--dtype", "bfloat16"]
+    assert run("export", *flags).status == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert theirs.dtype == torch.bfloat16
+
+
+BAD = {
+    "hidden_act": ("gelu", "its hidden_act is gelu, which model.py can't compute"),
+    "head_dim": (32, "its head_dim is 32, which model.py can't compute"),
+    "attention_bias": (True, "its attention_bias is not its mlp_bias"),
+    "rope_parameters": (
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        "its rope_parameters are {'rope_type': 'linear', 'factor': 2.0}, which model.py can't",
+    ),
+    "model_type": ("mistral", "its model_type is 'mistral'; known are gpt2, llama"),
+    "num_hidden_layers": (4, "it lacks model.layers.3."),
+    "intermediate_size": (80, "model.layers.0.mlp.gate_proj.weight has shape [88, 64], its conf"),
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_what_model_cannot_compute(run, config, tmp_path, key):
+    value, message = BAD[key]
+    their_model(tmp_path / "theirs", 64)
+    path = tmp_path / "theirs/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    refused(run("train", config.path, "--init_from", tmp_path / "theirs"), message)
+    assert not config.out.exists()
+
+
+def test_a_missing_shard(run, config, tmp_path):
+    their_model(tmp_path / "theirs", 64)
+    shard = sorted((tmp_path / "theirs").glob("model-*.safetensors"))[1]
+    shard.unlink()
+    seen = run("train", config.path, "--init_from", tmp_path / "theirs")
+    refused(seen, f"it has no {shard.name!r}")
+
+
+def test_shapes_that_cannot_be():
+    for keys, message in (
+        ({"heads": 4, "kv_heads": 3}, "kv_heads: 3 does not divide heads 4"),
+        ({"width": 12, "heads": 4, "positions": "rotary"}, "rotary positions need an even width 3"),
+        ({"rope_theta": 0.5}, "rope_theta: 0.5 is below 1 or not finite"),
+        ({"mlp_width": 0}, "mlp_width: 0 is not from 1 to"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GPTConfig(**keys)
