@@ -7,7 +7,7 @@ weights of its own. `forward` runs one after the other; an engine may do so itse
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -16,18 +16,10 @@ from torch import Tensor, nn
 
 from loss import IGNORE, ChunkedLoss, cross_entropy
 
-LARGEST = {
-    "width": 10**6,
-    "depth": 10**4,
-    "heads": 10**6,
-    "kv_heads": 10**6,
-    "mlp_width": 10**7,
-    "vocab_size": 10**9,
-    "max_position_embeddings": 10**9,
-}
-# Positions that Llama 3 was first trained with, and the turns of a rotation over these up to which
-# it is slowed by rope_scaling in full, and from which not at all (its config.json)
-ROPE_POSITIONS, ROPE_TURNS = 8192, (1.0, 4.0)
+LARGEST = {"depth": 10**4, "vocab_size": 10**9, "max_position_embeddings": 10**9}  # others 10**6
+# Llama 3.1 slows the rotations that turn up to ROPE_FEW times over the positions it was first
+# trained with by rope_scaling, and those that turn ROPE_MANY times not at all (its config.json)
+ROPE_POSITIONS, ROPE_FEW, ROPE_MANY = 8192, 1.0, 4.0
 
 
 @dataclass
@@ -74,26 +66,27 @@ class GPTConfig:
     tied_head: bool = True
 
     def __post_init__(self):
-        for key, most in LARGEST.items():
-            if (value := getattr(self, key)) is not None and not 1 <= value <= most:
+        for key in (field.name for field in fields(GPTConfig) if "int" in str(field.type)):
+            value, most = getattr(self, key), LARGEST.get(key, 10**6)
+            if value is not None and not 1 <= value <= most:
                 raise ValueError(f"{key}: {value} is not from 1 to {most:,}")
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide width {self.width}")
+        self.head_width = self.width // self.heads
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads {self.heads}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"heads: rotary positions need an even width {self.head_width} each")
-        for key, least in {"norm_eps": 0.0, "rope_theta": 1.0, "rope_scaling": 1.0}.items():
+        for key, least in {
+            "init_std": 0,
+            "norm_eps": 0,
+            "rope_theta": 1,
+            "rope_scaling": 1,
+        }.items():
             if not least <= getattr(self, key) < math.inf:
-                raise ValueError(f"{key}: {getattr(self, key)} is below {least:g} or not finite")
-        if not self.init_std >= 0:
-            raise ValueError(f"init_std: {self.init_std} is negative")
+                raise ValueError(f"{key}: {getattr(self, key)} is not in [{least}, inf)")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: {self.dropout} is not in [0, 1)")
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
 
 
 class Norm(nn.LayerNorm):
@@ -119,12 +112,10 @@ def rotary(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor
     "RoFormer", 3.4, in the order of Hugging Face's Llama; slowed as in Llama 3.1."""
     steps = torch.arange(0, config.head_width, 2, device=device).float() / config.head_width
     frequencies = 1.0 / config.rope_theta**steps
-    few, many = ROPE_TURNS
     turns = ROPE_POSITIONS / (2 * math.pi / frequencies)
-    kept = ((turns - few) / (many - few)).clamp(0, 1)
+    kept = ((turns - ROPE_FEW) / (ROPE_MANY - ROPE_FEW)).clamp(0, 1)
     frequencies = (1 - kept) * frequencies / config.rope_scaling + kept * frequencies
-    angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
-    angles = torch.cat([angles, angles], dim=1)
+    angles = torch.outer(torch.arange(length, device=device).float(), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
@@ -153,9 +144,8 @@ class Attention(nn.Module):
         if config.positions == "rotary":
             angles = rotary(config, length, x.device)
             q, k = rotate(q, *angles), rotate(k, *angles)
-        if self.kv_heads < config.heads:
-            group = (-1, -1, config.heads // self.kv_heads, -1, -1)
-            k, v = (part.unsqueeze(2).expand(group).flatten(1, 2) for part in (k, v))
+        group = (-1, -1, config.heads // self.kv_heads, -1, -1)
+        k, v = (part.unsqueeze(2).expand(group).flatten(1, 2) for part in (k, v))
         dropout = config.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         y = self.proj(y.transpose(1, 2).reshape(batch, length, width))
@@ -280,8 +270,7 @@ class GPT(nn.Module):
         the mean, of the cross-entropies in nats, fp32; targets equal to IGNORE are not counted."""
         x, targets = x.flatten(0, 1), targets.flatten()
         if len(x) >= self.loss_rows and torch.is_grad_enabled():
-            layers = self.head_layers().values()
-            weights = [parameter for layer in layers for parameter in layer.parameters()]
+            weights = [p for layer in self.head_layers().values() for p in layer.parameters()]
             return ChunkedLoss.apply(self, x, targets, *weights)
         chunks = zip(x.split(self.loss_rows), targets.split(self.loss_rows), strict=True)
         kind = {"ignore_index": IGNORE, "reduction": "sum"}

@@ -93,7 +93,7 @@ def test_written_configuration_is_a_configuration_again(parse, config, tmp_path)
         (["--sequence_length", "33"], "sequence_length: 33 is above max_position_embeddings 32"),
         (["--batch_size", "0"], "batch_size: 0 should be greater than 0"),
         (["--learning_rate", ".nan"], "learning_rate: nan should be a finite number"),
-        (["--init_std", "-1"], "init_std: -1.0 is negative"),
+        (["--init_std", "-1"], r"init_std: -1.0 is not in \[0, inf\)"),
         (["--seed", "5000000000"], "seed: 5000000000 should be less than 4294967296"),
         (["--warmup_steps", "-1"], "warmup_steps: -1 should be greater than or equal to 0"),
         (["stray"], "stray"),

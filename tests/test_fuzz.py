@@ -127,7 +127,7 @@ def use_checkpoint(trained: SimpleNamespace) -> None:
         checkpoint.read(name)
     check_tokenizer(checkpoint, Tokens(str(trained.data), "train", VOCABULARY))
     check_configuration(Configuration(**vars(config) | {"num_steps": 3}), checkpoint)
-    for _ in hugging_face_tensors(checkpoint):
+    for _ in hugging_face_tensors(checkpoint, checkpoint.config):
         pass
 
 

@@ -244,7 +244,7 @@ def test_shapes_that_cannot_be():
     for keys, message in (
         ({"heads": 4, "kv_heads": 3}, "kv_heads: 3 does not divide heads 4"),
         ({"width": 12, "heads": 4, "positions": "rotary"}, "rotary positions need an even width 3"),
-        ({"rope_theta": 0.5}, "rope_theta: 0.5 is below 1 or not finite"),
+        ({"rope_theta": 0.5}, "rope_theta: 0.5 is not in"),
         ({"mlp_width": 0}, "mlp_width: 0 is not from 1 to"),
     ):
         with pytest.raises(ValueError, match=message):
