@@ -77,12 +77,12 @@ class GPTConfig:
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads {self.heads}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"heads: rotary positions need an even width {self.head_width} each")
-        for key, least in {
-            "init_std": 0,
-            "norm_eps": 0,
-            "rope_theta": 1,
-            "rope_scaling": 1,
-        }.items():
+        for key, least in (
+            ("init_std", 0),
+            ("norm_eps", 0),
+            ("rope_theta", 1),
+            ("rope_scaling", 1),
+        ):
             if not least <= getattr(self, key) < math.inf:
                 raise ValueError(f"{key}: {getattr(self, key)} is not in [{least}, inf)")
         if not 0 <= self.dropout < 1:
