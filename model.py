@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from loss import IGNORE, ChunkedLoss, cross_entropy
 
 LARGEST = {"depth": 10**4, "vocab_size": 10**9, "max_position_embeddings": 10**9}  # others 10**6
-# Llama 3.1 slows the rotations that turn up to ROPE_FEW times over the positions it was first
-# trained with by rope_scaling, and those that turn ROPE_MANY times not at all (its config.json)
-ROPE_POSITIONS, ROPE_FEW, ROPE_MANY = 8192, 1.0, 4.0
+ROPE_POSITIONS = 8192  # that Llama 3.1 was first trained with
 
 
 @dataclass
@@ -77,12 +75,8 @@ class GPTConfig:
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads {self.heads}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"heads: rotary positions need an even width {self.head_width} each")
-        for key, least in (
-            ("init_std", 0),
-            ("norm_eps", 0),
-            ("rope_theta", 1),
-            ("rope_scaling", 1),
-        ):
+        least_of = {"init_std": 0, "norm_eps": 0, "rope_theta": 1, "rope_scaling": 1}
+        for key, least in least_of.items():
             if not least <= getattr(self, key) < math.inf:
                 raise ValueError(f"{key}: {getattr(self, key)} is not in [{least}, inf)")
         if not 0 <= self.dropout < 1:
@@ -109,11 +103,11 @@ class Norm(nn.LayerNorm):
 
 def rotary(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each position's angles, (length, head_width), fp32: Su et al. 2021,
-    "RoFormer", 3.4, in the order of Hugging Face's Llama; slowed as in Llama 3.1."""
+    "RoFormer", 3.4, in the order of Hugging Face's Llama. As in Llama 3.1, `rope_scaling` slows
+    frequencies of up to one turn over ROPE_POSITIONS in full, and from four turns not at all."""
     steps = torch.arange(0, config.head_width, 2, device=device).float() / config.head_width
     frequencies = 1.0 / config.rope_theta**steps
-    turns = ROPE_POSITIONS / (2 * math.pi / frequencies)
-    kept = ((turns - ROPE_FEW) / (ROPE_MANY - ROPE_FEW)).clamp(0, 1)
+    kept = ((ROPE_POSITIONS * frequencies / math.tau - 1) / 3).clamp(0, 1)
     frequencies = (1 - kept) * frequencies / config.rope_scaling + kept * frequencies
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()

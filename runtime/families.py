@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ROPE_FEW, ROPE_MANY, ROPE_POSITIONS, GPTConfig
+from model import ROPE_POSITIONS, GPTConfig
 from runtime.console import UserError, short
 
 
@@ -174,8 +174,8 @@ class Llama(Family):
     prefix, blocks = "model.", "layers"
     scaling: ClassVar = {  # of Llama 3.1 and later
         "rope_type": "llama3",
-        "low_freq_factor": ROPE_FEW,
-        "high_freq_factor": ROPE_MANY,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": ROPE_POSITIONS,
     }
 
