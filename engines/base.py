@@ -24,7 +24,8 @@ from model import GPT, IGNORE
 from runtime.checkpoint import KINDS
 
 INIT_BYTES = 4e9  # of layers that are drawn at a time
-LOSS_ROWS = {"CPU": 1024, "GPU": 8192}  # positions whose logits exist at one time
+# Positions whose logits exist at one time, fewer with more tokens than GPT-2's vocabulary has
+LOSS_ROWS, USUAL_VOCABULARY = {"CPU": 1024, "GPU": 8192}, 50257
 Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
 Report = Callable[[float], None]  # is called with the fraction of a step that is done
 Watch = Callable[[Iterable], Iterable]  # yields the same items, and shows how many are done
@@ -229,10 +230,16 @@ def hidden_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         parameter.grad = gradient
 
 
+def loss_rows(config: Configuration) -> int:
+    """Positions whose logits exist at one time."""
+    rows = LOSS_ROWS[config.backend]
+    return min(rows, max(1, rows * USUAL_VOCABULARY // config.vocab_size))
+
+
 def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:
     """Sets what makes a placed model faster on its device; `compile`: the blocks share one
     compilation, and the loss has another."""
-    model.loss_rows, model.head_linear = LOSS_ROWS[config.backend], aligned_linear
+    model.loss_rows, model.head_linear = loss_rows(config), aligned_linear
     if config.backend == "GPU":
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     if not training:  # an evaluation is over too soon to compile

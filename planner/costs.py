@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import ceil, inf, log2, prod
 
 from configuration import Configuration
-from engines.base import LOSS_ROWS
+from engines.base import loss_rows
 from engines.buffers import AHEAD
 from engines.store import BUFFERS, CHUNK
 from planner.machine import Machine
@@ -175,12 +175,12 @@ def boundary_bytes(config: Configuration, sequences: int) -> int:
 
 
 def head_bytes(config: Configuration, training: bool = True) -> int:
-    """The logits of LOSS_ROWS positions with what their loss needs, and the gradient of the
+    """The logits of `loss_rows` positions with what their loss needs, and the gradient of the
     embedding from a chunk, from all chunks, and from the lookup."""
     size = config.micro_batch_size or config.batch_size  # the cerebras engine on a CPU
     rows, each = config.sequence_length * size, None
-    if config.engine != "cerebras" and rows >= LOSS_ROWS[config.backend]:
-        rows, each = LOSS_ROWS[config.backend], CHUNKED_LOGIT_BYTES if training else None
+    if config.engine != "cerebras" and rows >= loss_rows(config):
+        rows, each = loss_rows(config), CHUNKED_LOGIT_BYTES if training else None
     logits = (each or LOGIT_BYTES[config.backend, config.precision]) * rows * config.vocab_size
     return logits + (3 * 4 * config.vocab_size * config.width if training else 0)
 

@@ -19,10 +19,9 @@ from planner.machine import host_memory
 from runtime.checkpoint import Checkpoint
 from runtime.console import UserError, short, warn
 from runtime.families import FAMILIES, Family, NotInTransformers, family_of
-from runtime.tokens import Tokens
+from runtime.tokens import Tokens, end_of_text
 
 INDEX = "model.safetensors.index.json"  # the name transformers looks for
-END_OF_TEXT = "<|endoftext|>"
 
 
 def hugging_face_names(checkpoint: Checkpoint, config: GPTConfig) -> dict[str, list[str]]:
@@ -228,15 +227,17 @@ def load_tokenizer(checkpoint: Checkpoint):
             f"{checkpoint.path}/tokenizer.json has ids above the model's vocab_size {most:,}: it "
             f"belongs to another model"
         )
-    if END_OF_TEXT in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
+    if (end := end_of_text(tokenizer)) is not None:
+        begin = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])  # if it adds one
+        first = begin[0] if begin else end
+        tokenizer.add_special_tokens({"bos_token": first, "eos_token": end})
     return tokenizer
 
 
 def encode(tokenizer, prompt: str) -> torch.Tensor:
     """The ids (1, n) of a prompt; UserError where the vocabulary lacks one of its characters."""
     try:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     except Exception as error:  # tokenizers raises no narrower one
         raise UserError(
             f"the prompt has a character that the checkpoint's vocabulary lacks ({error})"

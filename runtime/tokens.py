@@ -13,6 +13,7 @@ from runtime.console import UserError
 from runtime.files import count_of, read_sealed, write_sealed
 
 ROOT = Path(__file__).parents[1]
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # of GPT-2, Llama 3, 2, Gemma
 BLOCK = 2**18  # bytes of a file that have a checksum: 9 billion tokens have 70,000
 
 
@@ -21,6 +22,12 @@ def find_folder(name: str) -> Path:
     the repository."""
     path, ours = Path(name), ROOT / name
     return ours if not path.exists() and ours.exists() else path
+
+
+def end_of_text(tokenizer) -> str | None:
+    """The token that ends a document in a Tokenizer of `tokenizers`, if it has one we know."""
+    vocabulary = tokenizer.get_vocab()
+    return next((token for token in END_TOKENS if token in vocabulary), None)
 
 
 def write_meta(folder: Path, meta: dict) -> dict:

@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 
-from data.prepare import char_tokenizer, from_texts
+from data.prepare import from_texts
+from data.vocabularies import char_tokenizer
 from runtime.console import command
 from runtime.tokens import write_meta
 

@@ -25,6 +25,13 @@ TABLE = {  # parameters, depth, width, heads, learning rate, sequence length, ba
     "70b": (64_861_528_064, 80, 8192, 64, 1.0e-6, 2048, 1472),
     "175b": (174_604_259_328, 96, 12288, 96, 5.0e-6, 2048, 1472),
 }
+LLAMAS = {  # parameters as their model cards count them, depth, width, heads, kv_heads
+    "smollm2_135m": (134_515_008, 30, 576, 9, 3),
+    "smollm2_1p7b": (1_711_376_384, 24, 2048, 32, 32),
+    "tinyllama_1p1b": (1_100_048_384, 22, 2048, 32, 4),
+    "llama3p1_8b": (8_030_261_248, 32, 4096, 32, 8),
+    "llama3p1_70b": (70_553_706_496, 80, 8192, 64, 8),
+}
 DEFAULTS = asdict(Cluster())
 
 
@@ -47,8 +54,22 @@ def test_the_table(name, parse):
     assert config.dataset == "data/openwebtext"
 
 
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llamas(name, parse):
+    config = parse(str(ROOT / f"configs/{name}.yaml"))
+    shape = (config.depth, config.width, config.heads, config.kv_heads)
+    assert (count(config), *shape) == LLAMAS[name]
+    tokens = config.num_steps * config.batch_size * config.sequence_length
+    assert tokens == pytest.approx(20 * count(config), rel=1e-3)
+
+
 def test_every_configuration_is_listed_and_has_no_placeholder():
-    assert {path.stem for path in ROOT.glob("configs/*.yaml")} == {"demo", *TABLE}
+    assert {path.stem for path in ROOT.glob("configs/*.yaml")} == {
+        "demo",
+        "finetune",
+        *TABLE,
+        *LLAMAS,
+    }
     for path in ROOT.glob("configs/*.yaml"):
         assert "/path/to" not in path.read_text()
 

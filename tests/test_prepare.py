@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data import prepare
 from runtime.console import command
@@ -35,8 +35,8 @@ def program(tmp_path_factory):
     """A copy of the scripts, so that the tests leave the datasets of the checkout alone."""
     copy = tmp_path_factory.mktemp("program")
     for path in [
-        *(ROOT / f"{n}.py" for n in ("runtime/console", "runtime/files", "dataset", "loss")),
-        *ROOT.glob("data/**/prepare.py"),
+        *(ROOT / f"{n}.py" for n in ("runtime/console", "runtime/files", "runtime/tokens")),
+        *ROOT.glob("data/**/*.py"),
     ]:
         target = copy / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -394,9 +394,9 @@ def test_an_interrupt_keeps_the_old_dataset(own, tmp_path):
     assert content(own) == before
 
 
-@pytest.mark.parametrize("limit", [2_000, 60_000, 80_000])
+@pytest.mark.parametrize("limit", [2_000, 60_000, 79_000])
 def test_no_space_keeps_the_old_dataset(own, tmp_path, limit, tally):
-    """Whichever file the limit stops: the documents, their ids, train.bin."""
+    """Whichever file the limit stops: the documents or train.bin."""
     script = own.parent / "prepare.py"
     args = ["--name", "mine", "--tokenizer", "char", str(tmp_path / "a.jsonl")]
     write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
@@ -538,4 +538,122 @@ def test_adopt_refuses_what_is_not_gpt2_of_nanogpt(here, nano, offline, monkeypa
     ids=" ".join,
 )
 def test_arguments_that_do_not_go_together(here, arguments):
-    assert_fails(here(*arguments), "give --name NAME and FILES, or --adopt FOLDER and nothing else")
+    assert_fails(
+        here(*arguments), "give --name NAME and FILES or --source, or --adopt FOLDER alone"
+    )
+
+
+def in_hub_layout(folder: Path, texts: list[str], column: str = "text") -> Path:
+    """A dataset as `datasets` pushes it: a README and data/SPLIT-*.parquet, two subsets."""
+    for subset, part in (("small", texts[:20]), ("large", texts)):
+        (folder / subset).mkdir(parents=True)
+        half = len(part) // 2
+        for i, some in enumerate((part[:half], part[half:])):
+            table = pyarrow.table({column: some, "id": list(range(len(some)))})
+            pyarrow.parquet.write_table(table, folder / subset / f"train-0000{i}-of-00002.parquet")
+    configs = [
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        for name in ("small", "large")
+    ]
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+    return folder
+
+
+def test_a_dataset_of_the_hub(own, offline, tmp_path):
+    """All of it, and about as many tokens as are asked for."""
+    source = in_hub_layout(tmp_path / "hub", TEXTS * 4, "content")
+    flags = ["--name", "mine", "--source", str(source), "--subset", "large", "--column", "content"]
+    script = own.parent / "prepare.py"
+    succeed(script, *flags, "--tokenizer", "char")
+    meta = json.loads((own / "meta.json").read_text())
+    assert sum(meta["documents"].values()) == 4 * len(TEXTS)
+    everything = sum(meta["tokens"].values())
+    assert everything == sum(len(text) + 2 for text in TEXTS * 4)
+    for tokenizer in ("char", "gpt2"):
+        more = ["--tokenizer", tokenizer, "--tokens", "20000"]
+        succeed(script, *flags, *more, env=offline)
+        tokens = sum(json.loads((own / "meta.json").read_text())["tokens"].values())
+        assert 18_000 < tokens < 24_000 < everything
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--column", "body"], "no column named 'body'; it has text, id"),
+        (["--subset", "huge"], "huge"),
+        (["--split", "test"], "test"),
+        (["--tokens", "0"], "--num_proc and --tokens start at 1"),
+        (["--tokenizer", "no/such/name"], "--tokenizer no/such/name: "),
+        (["--tokenizer", "bpe:100"], "--tokenizer bpe:100: bytes and the end of text are 257"),
+    ],
+)
+def test_what_the_hub_does_not_have(here, tmp_path, more, message):
+    """A line, and no folder left behind."""
+    source = in_hub_layout(tmp_path / "hub", TEXTS)
+    flags = {"--name": "mine", "--source": str(source), "--subset": "small", "--tokenizer": "char"}
+    flags |= dict([more])
+    done = here(*[word for pair in flags.items() for word in pair])
+    assert_fails(done, message)
+    assert not (tmp_path / "data/mine").exists()
+
+
+@pytest.mark.long
+def test_a_hub_that_cannot_be_reached(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = here("--name", "mine", "--source", "no/such-dataset", "--tokenizer", "char")
+    assert_fails(done, "--source no/such-dataset train: ")
+    assert not (tmp_path / "data/mine").exists()
+
+
+def llama_tokenizer(folder: Path) -> Tokenizer:
+    """A byte-level BPE that puts a begin of text before what it encodes, as Llama 3's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+def test_a_tokenizer_of_a_released_model(own, tmp_path, num_proc):
+    """Its own begin and end around each document; a special token's text in one is text."""
+    tokenizer = llama_tokenizer(tmp_path / "llama")
+    texts = [*TEXTS, "a <|end_of_text|> b"]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    flags = ["--name", "mine", "--tokenizer", str(tmp_path / "llama"), "--num_proc", str(num_proc)]
+    succeed(own.parent / "prepare.py", *flags, str(path))
+    splits = prepare.split(prepare.from_texts(texts))
+    tokenizer.encode_special_tokens = True
+    for split in ("train", "val"):
+        expected = [i for text in splits[split]["text"] for i in (*tokenizer.encode(text).ids, 1)]
+        assert tokens(own, split).tolist() == expected
+
+
+def test_a_trained_tokenizer(own, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    done = succeed(own.parent / "prepare.py", "--name", "mine", "--tokenizer", "bpe:400", str(path))
+    meta = json.loads((own / "meta.json").read_text())
+    assert 257 < meta["vocab_size"] <= 400 and meta["tokenizer"] == "bpe:400"
+    assert sum(meta["tokens"].values()) < sum(meta["bytes"].values()) / 1.5
+    tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
+    splits = prepare.split(prepare.from_texts(TEXTS))
+    ends = "<|endoftext|>".join([*splits["val"]["text"], ""])
+    assert tokenizer.decode(tokens(own, "val").tolist(), skip_special_tokens=False) == ends
+    assert "tokens" in done.stdout
+
+
+def test_a_tokenizer_without_an_end(here, tmp_path):
+    Tokenizer(models.WordLevel({"a": 0})).save(str(tmp_path / "t.json"))
+    path = write_jsonl(tmp_path / "a.jsonl", ["a a", "a"])
+    done = here("--name", "mine", "--tokenizer", str(tmp_path / "t.json"), str(path))
+    assert_fails(done, "it has no end of text (<|endoftext|>, <|end_of_text|>, </s>, <eos>)")

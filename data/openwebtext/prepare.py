@@ -15,7 +15,8 @@ from jsonargparse import ArgumentParser
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
-from data.prepare import gpt2_tokenizer, read, scratch, write
+from data.prepare import read, scratch, write
+from data.vocabularies import gpt2
 from runtime.console import UserError, command
 
 
@@ -37,7 +38,7 @@ def main() -> None:
         else:
             documents = load_from_hub(args.source, args.num_proc)
             source = args.source
-        write(folder, temporary, split(documents), gpt2_tokenizer(), "gpt2", source, args.num_proc)
+        write(folder, temporary, split(documents), gpt2(), source, args.num_proc)
 
 
 def files_below(folder: str) -> list[str]:

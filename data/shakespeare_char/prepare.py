@@ -7,8 +7,9 @@ from jsonargparse import ArgumentParser
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
-from data.prepare import char_tokenizer, scratch, write
+from data.prepare import scratch, write
 from data.shakespeare.prepare import SOURCE, plays
+from data.vocabularies import characters
 from runtime.console import command
 
 
@@ -17,7 +18,7 @@ def main() -> None:
     folder = Path(__file__).absolute().parent
     with scratch(folder) as temporary:
         splits = plays()
-        write(folder, temporary, splits, char_tokenizer(splits), "char", SOURCE)
+        write(folder, temporary, splits, characters(splits), SOURCE)
 
 
 if __name__ == "__main__":
