@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from math import prod
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from tqdm import tqdm
 
 from configuration import Configuration
 from model import GPT, GPTConfig
-from planner.machine import host_memory
 from runtime.checkpoint import Checkpoint
 from runtime.console import UserError, short, warn
 from runtime.families import FAMILIES, Family, NotInTransformers, family_of
@@ -245,24 +243,6 @@ def encode(tokenizer, prompt: str) -> torch.Tensor:
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty; give at least one character")
     return ids
-
-
-def check_memory(checkpoint: Checkpoint) -> tuple[str, torch.dtype]:
-    """The device that a checkpoint's model is to be held on, a GPU if there is one, and its dtype.
-    Raises UserError where it does not fit."""
-    device, dtype, has = "cpu", torch.float32, host_memory()
-    if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        device, dtype = "cuda", torch.bfloat16 if bf16 else torch.float32
-        has = torch.cuda.mem_get_info()[0]
-    sizes = [prod(checkpoint.tensors[name]["shape"]) for name in checkpoint.weights]
-    needs = sum(sizes) * dtype.itemsize + 2 * 4 * max(sizes, default=0)  # one on its way, twice
-    if needs > has:
-        raise UserError(
-            f"{checkpoint.path} does not fit: its model needs {needs / 1e9:,.1f} GB of memory, and "
-            f"{has / 1e9:,.1f} GB are free; use a larger machine"
-        )
-    return device, dtype
 
 
 def load_model(checkpoint: Checkpoint, config: GPTConfig, device: str, dtype: torch.dtype):

@@ -373,7 +373,7 @@ def test_init_from_several_files_in_half_precision(run, trained, config, tmp_pat
 
 def test_too_large_to_sample(run, config, monkeypatch):
     run("train", config.path, "--num_steps", 3)
-    monkeypatch.setattr("runtime.huggingface.host_memory", lambda: 100_000)
+    monkeypatch.setattr("runtime.generation.host_memory", lambda: 50_000)
     seen = run("sample", "--checkpoint_path", config.out, "--prompt", "a")
     refused(seen, "checkpoint_3.mdl does not fit: its model needs 0.0 GB of memory")
 

@@ -1,6 +1,7 @@
 """Llama's parts in model.py, against transformers' LlamaForCausalLM and through every engine."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -249,3 +250,30 @@ def test_shapes_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=message):
             GPTConfig(**keys)
+
+
+def test_sampling_a_released_model(run, config, tmp_path):
+    """By the name of its folder, as init_from takes it."""
+    run("train", config.path, *flags_of(LLAMA), "--num_steps", 3)
+    out, flags = tmp_path / "exported", ["--max_new_tokens", 20, "--seed", 3, "--prompt", "ab"]
+    run("export", "--checkpoint_path", config.out, "--out", out)
+    ours = run("sample", "--checkpoint_path", config.out, *flags)
+    theirs = run("sample", "--init_from", out, *flags)
+    assert theirs.status == 0, theirs.err
+    assert ours.out == theirs.out
+    refused(run("sample", *flags), "--checkpoint_path or --init_from is required, and not both")
+    (out / "config.json").write_text("{}")
+    refused(run("sample", "--init_from", out, *flags), f"init_from: {out}: ")
+
+
+def test_a_model_that_fits_in_bf16_only(run, config, monkeypatch):
+    run("train", config.path, *flags_of(LLAMA), "--num_steps", 3)
+    checkpoint = Checkpoint(config.out / "checkpoint_3.mdl")
+    sizes = [math.prod(checkpoint.tensors[name]["shape"]) for name in checkpoint.weights]
+    flags = ["--checkpoint_path", config.out, "--prompt", "ab", "--max_new_tokens", 3]
+    for bytes_each, status in ((2, 0), (1, 1)):
+        most = bytes_each * sum(sizes) + 8 * max(sizes)
+        monkeypatch.setattr("runtime.generation.host_memory", lambda most=most: most)
+        seen = run("sample", *flags)
+        assert seen.status == status, seen.err
+    refused(seen, "does not fit: its model needs 0.0 GB of memory")
