@@ -454,6 +454,36 @@ def test_the_largest_model_lowers_at_its_depth(there, dataset, tmp_path):
     assert len(graph.of("LayerNorm")) == len(graph.of("LayerNormGrad")) == 193
 
 
+LLAMA = [
+    *("--norm", "rmsnorm", "--positions", "rotary", "--activation", "swiglu", "--bias", "false"),
+    *("--heads", "4", "--kv_heads", "2", "--mlp_width", "88", "--tied_head", "false"),
+]
+
+
+def test_llama_equals_resident(small, there):
+    """20 clipped steps at the schedule wsd, and from a checkpoint in its stable part."""
+    flags = [*LLAMA, "--schedule", "wsd", "--decay_steps", 6]
+    outs = [small.folder / "llama", small.folder / "llama_resident"]
+    cerebras = ["--engine", "cerebras", "--backend", "CPU"]
+    worked(there("train.py", small.path, *flags, *cerebras, "--out_dir", outs[0]))
+    worked(here("train.py", small.path, *flags, "--engine", "resident", "--out_dir", outs[1]))
+    equal(*outs)
+    source = outs[0] / "checkpoint_10.mdl"
+    again = small.folder / "llama_again"
+    more = ["--checkpoint_path", source, "--out_dir", again]
+    worked(there("train.py", small.path, *flags, *cerebras, *more))
+    equal(again, outs[0], tolerance=1e-12, after=10)
+
+
+def test_a_step_of_llama_lowers(there, dataset, tmp_path):
+    """The shape of Llama 3.1 8B, two layers of it."""
+    flags = ["--dataset", text_of(dataset, tmp_path), "--depth", 2, "--sequence_length", 2048]
+    flags += ["--batch_size", 16]
+    graph = lower(there, ROOT / "configs/llama3p1_8b.yaml", tmp_path / "out", *flags)
+    assert len(graph.of("Softmax")) == 2
+    assert all(operation.kind.startswith("cirh.") for operation in graph.operations)
+
+
 def test_dropout_lowers(small, there, trained, tmp_path):
     """To one graph, whatever the step, which is so compiled once."""
     graph = lower(there, small.path, tmp_path / "first", "--dropout", 0.1)
