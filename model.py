@@ -115,8 +115,8 @@ def rotary(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turns each pair (i, i + half) of (..., length, head_width) by its position's angle."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine
 
 
 class Attention(nn.Module):
@@ -136,7 +136,7 @@ class Attention(nn.Module):
             for part in self.qkv(x).split(self.widths, dim=2)
         )
         if config.positions == "rotary":
-            angles = rotary(config, length, x.device)
+            angles = [part.to(x.dtype) for part in rotary(config, length, x.device)]
             q, k = rotate(q, *angles), rotate(k, *angles)
         group = (-1, -1, config.heads // self.kv_heads, -1, -1)
         k, v = (part.unsqueeze(2).expand(group).flatten(1, 2) for part in (k, v))

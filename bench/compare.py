@@ -85,6 +85,7 @@ def main(
     peers_python: str | None = None,
     nanogpt: str | None = None,
     gigagpt: str | None = None,
+    llama: bool = False,
 ) -> None:
     """Compares training steps.
 
@@ -101,6 +102,7 @@ def main(
         peers_python: the interpreter of an environment with litgpt and DeepSpeed
         nanogpt: a checkout of it
         gigagpt: a checkout of the original
+        llama: a Llama with as many parameters in a block, instead of GPT-2
     """
     names = [base, *sides]
     check(names, {"nanogpt": nanogpt, "gigagpt": gigagpt}, peers_python)
@@ -118,6 +120,7 @@ def main(
             scratch=folder,
             nanogpt=nanogpt and str(Path(nanogpt).absolute()),
             gigagpt=gigagpt and str(Path(gigagpt).absolute()),
+            llama=llama,
         )
         try:
             line = {"name": name, **compare(names, task, rounds, peers_python)}
@@ -230,15 +233,7 @@ def show(results: dict[str, dict], flops: float, precision: str) -> None:
 
 
 def parameters(task: Task) -> int:
-    config = Configuration(
-        width=task.width,
-        depth=task.depth,
-        heads=task.heads,
-        vocab_size=task.vocab_size,
-        max_position_embeddings=task.sequence_length,
-        sequence_length=task.sequence_length,
-    )
-    return count(config)
+    return count(Configuration(**task.shape, sequence_length=task.sequence_length))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dataset import Batch, TrainData
 
 USUAL = {"cpu": 2048, "cuda": 16384}  # tokens in a forward pass
+LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
 Step = Callable[[], float]  # trains one step and returns the mean loss
 
 
@@ -41,6 +42,14 @@ class Task:
     scratch: str
     nanogpt: str | None = None
     gigagpt: str | None = None
+    llama: bool = False
+
+    @property
+    def shape(self) -> dict:
+        """The keys of the model in ours: GPT-2, or a Llama with as many parameters in a block."""
+        keys = {key: getattr(self, key) for key in ("width", "depth", "heads", "vocab_size")}
+        keys |= {"max_position_embeddings": self.sequence_length}
+        return keys | (LLAMA | {"mlp_width": 8 * self.width // 3} if self.llama else {})
 
     @property
     def rows(self) -> int:
@@ -75,11 +84,7 @@ def ours(task: Task, engine: str, **keys: object) -> Step:
     from planner.resolve import resolve
 
     config = Configuration(
-        width=task.width,
-        depth=task.depth,
-        heads=task.heads,
-        vocab_size=task.vocab_size,
-        max_position_embeddings=task.sequence_length,
+        **task.shape,
         sequence_length=task.sequence_length,
         batch_size=task.batch_size,
         micro_batch_size=task.micro_batch_size,
@@ -128,8 +133,7 @@ def held_block(task: Task) -> Step:
     from planner.costs import block_flops
     from planner.resolve import resolve_device
 
-    keys = {key: getattr(task, key) for key in ("width", "depth", "heads", "vocab_size")}
-    keys |= {"max_position_embeddings": task.sequence_length, "engine": "streaming"}
+    keys = task.shape | {"engine": "streaming"}
     keys |= {"sequence_length": task.sequence_length, "batch_size": task.batch_size}
     config = resolve_device(Configuration(**keys, activation_checkpointing=True), {})
     with torch.device("meta"):
@@ -203,8 +207,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def hugging_face(task: Task) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+    if task.llama:
+        from model import GPTConfig
+        from runtime.families import FAMILIES
+
+        config = FAMILIES["llama"].theirs(GPTConfig(**task.shape))
+        return LlamaForCausalLM(config).train().to(task.device)
     config = GPT2Config(
         vocab_size=task.vocab_size,
         n_positions=task.sequence_length,
