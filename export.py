@@ -49,6 +49,7 @@ def export(
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(out)
+        theirs.bos_token_id, theirs.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     theirs.save_pretrained(out)
     weight_map, total = {}, 0
     with torch.device("meta"):

@@ -22,12 +22,6 @@ from runtime.tokens import Tokens, end_of_text
 INDEX = "model.safetensors.index.json"  # the name transformers looks for
 
 
-def hugging_face_names(checkpoint: Checkpoint, config: GPTConfig) -> dict[str, list[str]]:
-    """Their names of each weight, by ours; NotInTransformers where they have none."""
-    family = family_of(config)
-    return {name: family.names(name) for name in checkpoint.weights}
-
-
 def hugging_face_tensors(
     checkpoint: Checkpoint, config: GPTConfig, layer: str = ""
 ) -> Iterator[tuple[str, Tensor]]:

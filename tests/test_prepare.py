@@ -657,3 +657,32 @@ def test_a_tokenizer_without_an_end(here, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a a", "a"])
     done = here("--name", "mine", "--tokenizer", str(tmp_path / "t.json"), str(path))
     assert_fails(done, "it has no end of text (<|endoftext|>, <|end_of_text|>, </s>, <eos>)")
+
+
+def test_fine_tuning(here, run, tmp_path):
+    """The way of docs/fine-tuning.md: a released model's tokenizer, its weights, and back."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    released = tmp_path / "released"
+    llama_tokenizer(released)
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(released)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS * 4)
+    assert here("--name", "my_text", "--tokenizer", str(released), str(path)).returncode == 0
+    flags = ["--init_from", released, "--dataset", tmp_path / "data/my_text", "--num_steps", 2]
+    flags += ["--sequence_length", 64, "--batch_size", 4, "--out_dir", tmp_path / "out"]
+    seen = run("train", ROOT / "configs/finetune.yaml", *flags)
+    assert seen.status == 0, seen.err
+    out = tmp_path / "mine"
+    seen = run("export", "--checkpoint_path", tmp_path / "out", "--out", out)
+    assert seen.status == 0, seen.err
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("some words", return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == tokenizer.bos_token_id == 0 and tokenizer.eos_token_id == 1
+    assert model.config.eos_token_id == 1 and model.config.bos_token_id == 0
+    assert model.generate(ids, max_new_tokens=5).shape[1] > ids.shape[1]
+    assert here("--name", "other", "--tokenizer", "bpe:300", str(path)).returncode == 0
+    flags[3] = tmp_path / "data/other"
+    seen = run("train", ROOT / "configs/finetune.yaml", *flags, "--out_dir", out / "no")
+    assert seen.status == 1 and "has another tokenizer than" in seen.err

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, VOCABULARY, records, text, write_dataset
+from conftest import ROOT, VOCABULARY, figures, records, text, write_dataset
 from safetensors.torch import load_file
 
 from configuration import Configuration
@@ -589,6 +589,32 @@ def test_a_cluster_is_not_planned_here(run, config):
     for flags in (["--backend", "CSX"], ["--engine", "cerebras", "--device", "h100"]):
         seen = run("plan", config.path, *flags)
         refused(seen, "a run on Cerebras systems is planned by their cluster; python train.py CON")
+
+
+def test_warm_up_stable_decay():
+    """Linear up, the peak, and over the last decay_steps a line to a tenth of it."""
+    keys = {"schedule": "wsd", "num_steps": 20, "warmup_steps": 4, "decay_steps": 10}
+    config = engine_config(**keys | {"learning_rate": 1.0})
+    rates = [learning_rate(config, step) for step in range(1, 22)]
+    assert rates[:10] == [0.25, 0.5, 0.75, *[1.0] * 7]
+    assert rates[10:] == pytest.approx([*[1 - 0.09 * i for i in range(1, 11)], 0.1])
+    config = engine_config(**keys | {"learning_rate": 1.0, "decay_steps": None})
+    assert [learning_rate(config, step) for step in (18, 19, 20)] == pytest.approx([1, 0.55, 0.1])
+
+
+def test_a_stable_phase_is_extended(run, config, tmp_path):
+    """A checkpoint in it goes on as if num_steps had been higher from the start, bit for bit."""
+    flags = ["--schedule", "wsd", "--decay_steps", 2, "--eval_steps", 20]
+    whole, more = tmp_path / "whole", ["--num_steps", 9]
+    assert run("train", config.path, *flags, *more, "--out_dir", whole).status == 0
+    assert run("train", config.path, *flags, "--num_steps", 6).status == 0
+    source, longer = config.out / "checkpoint_3.mdl", tmp_path / "longer"
+    flags += ["--checkpoint_path", source, "--out_dir", longer]
+    seen = run("train", config.path, *flags, *more)
+    assert seen.status == 0, seen.err
+    assert "num_steps is 9; it was 6" in seen.err
+    assert records(longer)[-1]["learning_rate"] == pytest.approx(1e-3)
+    assert figures(longer) == [record for record in figures(whole) if record["step"] > 3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
