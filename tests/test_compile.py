@@ -15,7 +15,7 @@ from test_streaming import equal_runs, streaming_config
 from test_train import close, engine_config, refused, train
 
 from configuration import Configuration
-from engines import base, open_engine
+from engines import base
 from planner import resolve
 
 STEPS = 4
