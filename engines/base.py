@@ -239,8 +239,9 @@ def loss_rows(config: Configuration) -> int:
 def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:
     """Sets what makes a placed model faster on its device; `compile`: the blocks share one
     compilation, and the loss has another."""
-    model.loss_rows, model.head_linear = loss_rows(config), aligned_linear
+    model.loss_rows = loss_rows(config)
     if config.backend == "GPU":
+        model.head_linear = aligned_linear
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     if not training:  # an evaluation is over too soon to compile
         return

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loss import aligned_linear
 from model import GPT, IGNORE, GPTConfig
 from planner.costs import count
 
@@ -142,3 +143,29 @@ def test_layers_one_by_one_equal_the_whole():
         model.seed_dropout(7, i + 1)
         x = block(x)
     assert model.loss(x, ids) == model(ids, ids, dropout_seed=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_with_aligned_rows(dtype):
+    """As F.linear, gradients too, bit for bit; and the loss of a model is the same."""
+    x, weight = torch.randn(2, 5, 32).to(dtype), torch.randn(97, 32).to(dtype)
+    results = []
+    for linear in (F.linear, aligned_linear):
+        inputs = [t.clone().requires_grad_() for t in (x, weight)]
+        logits = linear(*inputs)
+        logits.square().sum().backward()
+        results.append([logits, *(t.grad for t in inputs)])
+    assert logits.stride() == (5 * 128, 128, 1)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    losses = []
+    for linear in (F.linear, aligned_linear):
+        model = GPT(GPTConfig(width=32, depth=1, heads=2, vocab_size=97))
+        for layer in model.layers():
+            model.init_layer(layer, 0)
+        model.to(dtype).head_linear = linear
+        model.loss_rows = 4
+        ids = torch.arange(20).view(2, 10)
+        loss = model(ids, ids)
+        loss.backward()
+        losses.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
