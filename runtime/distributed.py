@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from configuration import Configuration
 from engines.base import find_gpu
 from runtime.console import UserError, explain
+from runtime.files import replacing
 from runtime.launch import PARENT, RESTARTED, launch
 
 # A process that does not answer for so long is lost: SHORT where all are at the same place, LONG
@@ -185,10 +187,14 @@ def _report(error: Exception, rank: int) -> None:
         where = "" if isinstance(error, SharedError) else f"rank {rank}: "
         error = UserError(where + explain(error))
     started_here = os.environ.get(PARENT) == str(os.getppid())
-    if os.environ.get("TORCHELASTIC_ERROR_FILE") and (started_here or not expected):
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and (started_here or not expected):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+        # at once complete: the parent may read it, and end this process, at any moment
+        with replacing(Path(path)) as writing:
+            os.environ["TORCHELASTIC_ERROR_FILE"] = str(writing)
+            get_error_handler().record_exception(error)
     if started_here or printed_by_first:
         return
     sys.stderr = sys.__stderr__
