@@ -207,26 +207,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def hugging_face(task: Task) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if task.llama:
-        from model import GPTConfig
-        from runtime.families import FAMILIES
+    from model import GPTConfig
+    from runtime.families import family_of
 
-        config = FAMILIES["llama"].theirs(GPTConfig(**task.shape))
-        return LlamaForCausalLM(config).train().to(task.device)
-    config = GPT2Config(
-        vocab_size=task.vocab_size,
-        n_positions=task.sequence_length,
-        n_embd=task.width,
-        n_layer=task.depth,
-        n_head=task.heads,
-        activation_function="gelu",
-        attn_pdrop=0.0,
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
-    return GPT2LMHeadModel(config).train().to(task.device)
+    config = GPTConfig(**task.shape)
+    model = AutoModelForCausalLM.from_config(family_of(config).theirs(config))
+    return model.train().to(task.device)
 
 
 def transformers(task: Task, compiled: bool = False) -> Step:

@@ -14,7 +14,7 @@ from planner.machine import host_memory
 from runtime.checkpoint import Checkpoint, open_newest
 from runtime.console import UserError, warn
 from runtime.families import NotInTransformers
-from runtime.huggingface import assign, check_same, load_model, load_tokenizer
+from runtime.huggingface import assign, check_same, load_model, load_tokenizer, not_loaded
 
 
 def open_source(checkpoint_path: str | None, init_from: str | None, out_dir: Path) -> tuple:
@@ -46,8 +46,7 @@ def open_released(source: str) -> tuple:
     except UserError:
         raise
     except Exception as error:  # transformers raises no narrower one for what a file can hold
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"init_from: {source}: {reason}") from None
+        raise not_loaded(source, error) from None
     return tokenizer, lambda length: partial(generate, model)
 
 

@@ -120,7 +120,7 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
         for name, parameter in model.named_parameters():
             _check_shapes(places, family, name, parameter.shape, config)
     except Exception as error:  # transformers raises no narrower one for what a file can hold
-        raise _not_loaded(source, error) from None
+        raise not_loaded(source, error) from None
 
     def read(name: str, rows: slice | None = None) -> Tensor:
         begin, end, parts = 0, sys.maxsize, []
@@ -153,8 +153,9 @@ def _check_shapes(
             raise ValueError(f"{theirs} has shape {found}, its config.json's is {needed}")
 
 
-def _not_loaded(source: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+def not_loaded(source: str, error: Exception) -> UserError:
+    """The line for a folder or hub name that can't be used."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(f"init_from: {source}: {reason}")
 
 
@@ -192,7 +193,7 @@ def check_vocabulary(source: str, tokens: Tokens) -> None:
             theirs = json.loads(Path(file).read_bytes())
         ours = tokens.tokenizer and Tokenizer.from_str(tokens.tokenizer.decode()).get_vocab()
     except Exception as error:  # tokenizers raises no narrower one
-        raise _not_loaded(source, error) from None
+        raise not_loaded(source, error) from None
     if file is None or ours is None:
         lacking = source if file is None else tokens.path.parent
         warn(f"{lacking} has no tokenizer: make sure that both use the same")
