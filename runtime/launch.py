@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from runtime.console import UserError
 
 # In the environment of the processes: our process id, and in a later attempt when the first began
 PARENT, RESTARTED = "GIGAGPT_PARENT", "GIGAGPT_RESTARTED"
+END = signal.SIGUSR1  # what ends those that a lost process leaves: SIGTERM would ask them to save
 
 
 def launch(config: Configuration, training: bool) -> int:
@@ -86,6 +88,7 @@ def _run_processes(count: int, environment: dict) -> list:
             envs={r: {**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in ranks},
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
+        processes.close = partial(processes.close, END)
         signalled = False
         while True:
             try:
@@ -102,7 +105,7 @@ def _run_processes(count: int, environment: dict) -> list:
 
 
 def _was_interrupted(failure) -> bool:
-    return failure.exitcode in (130, -signal.SIGINT, -signal.SIGTERM)
+    return failure.exitcode in (130, -signal.SIGINT, -signal.SIGTERM, -END)
 
 
 def _kind(failure) -> str:
@@ -115,7 +118,7 @@ def _blame(failure) -> tuple:
     """Sorts the cause before its consequences: who was killed, who had an error, who then lost the
     connection, who was told to end."""
     kind = _kind(failure)
-    ended = failure.exitcode == -signal.SIGTERM
+    ended = failure.exitcode == -END
     return (ended, kind == "ConnectionError", failure.exitcode > 0 and not kind, failure.timestamp)
 
 
