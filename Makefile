@@ -8,10 +8,13 @@ LAST := $(OUT)/checkpoint_$(shell sed -n 's/^num_steps: //p' configs/demo.yaml).
 # Cerebras's package needs another torch, so its environment is another: outside the clone, by its contents.
 CEREBRAS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/cerebras-$(shell git hash-object requirements-cerebras.txt | cut -c1-12)
 
+# Trackers and lm-eval want another version than ours of what we share.
+TOOLS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/tools-$(shell git hash-object requirements-tools.txt | cut -c1-12)
+
 # The peers of make bench that want other versions than ours of what we share.
 PEERS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/peers-$(shell git hash-object requirements-bench.txt | cut -c1-12)
 
-.PHONY: install demo test test-faults test-cerebras test-streams lint loc bench clean
+.PHONY: install demo test test-faults test-cerebras test-tools test-streams lint loc bench clean
 
 install: .venv/installed
 
@@ -49,6 +52,15 @@ test-cerebras: install $(CEREBRAS)/installed
 $(CEREBRAS)/installed:
 	$(PYTHON) -m venv $(CEREBRAS)
 	$(CEREBRAS)/bin/python -m pip install --disable-pip-version-check -r requirements-cerebras.txt
+	touch $@
+
+# Trackers and lm-eval, with their real packages, offline.
+test-tools: $(TOOLS)/installed
+	$(TOOLS)/bin/python -m pytest -q -m tools tests/test_tools.py
+
+$(TOOLS)/installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --disable-pip-version-check -r requirements-tools.txt
 	touch $@
 
 # The streaming engine's GPU branch under a race detector, on a CPU; then without each of its waits in turn,

@@ -3,16 +3,7 @@
 from dataclasses import fields, replace
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cluster import Cluster
@@ -30,7 +21,9 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 strict = dataclass(config=STRICT)
 Text = Annotated[str, AfterValidator(_printable)]
 Auto = Literal["auto"]
-Count = Annotated[PositiveInt, Field(lt=2**63)]
+Count = Annotated[int, Field(gt=0, lt=2**63)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 @strict
@@ -51,7 +44,7 @@ class Data:
     batch_size: Count = 120
     micro_batch_size: Count | None = None
     sequence_length: Count = 2048
-    seed: Annotated[NonNegativeInt, Field(lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 @strict
@@ -74,19 +67,19 @@ class Optimizer:
     """
 
     num_steps: Count = 10000
-    learning_rate: PositiveFloat = 6e-4
-    warmup_steps: NonNegativeInt = 1500
+    learning_rate: Positive = 6e-4
+    warmup_steps: CountOrZero = 1500
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay_steps: Count | None = None
-    weight_decay: NonNegativeFloat = 0.1
-    adam_epsilon: PositiveFloat = 1e-8
-    max_gradient_norm: PositiveFloat = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    adam_epsilon: Positive = 1e-8
+    max_gradient_norm: Positive = 1.0
     skip_loss_spikes: bool = False
 
 
 @strict
 class Saving:
-    """Checkpoints and evaluation
+    """Checkpoints, evaluation and records
 
     Args:
         checkpoint_steps: steps between checkpoints
@@ -95,6 +88,11 @@ class Saving:
         init_from: folder or hub name of a Hugging Face GPT-2 or Llama to start from
         eval_steps: steps between evaluations
         eval_batches: batches of an evaluation; null: all of val.bin
+        sample_prompts: texts, such as ["The ship", "A king"], that the model continues after each
+            evaluation
+        tracker: where the records go beside metrics.jsonl; null: nowhere
+        profile: START:STOP, the first and last of the steps whose torch.profiler trace is written
+            into out_dir
     """
 
     checkpoint_steps: Count = 1000
@@ -103,6 +101,9 @@ class Saving:
     init_from: Text | None = None
     eval_steps: Count = 1000
     eval_batches: Count | None = None
+    sample_prompts: list[Text] | None = None
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = "tensorboard"
+    profile: Text | None = None
 
 
 @strict
@@ -153,7 +154,7 @@ class Distributed:
     """
 
     num_systems: Count = 1
-    max_restarts: NonNegativeInt = 0
+    max_restarts: CountOrZero = 0
     step_timeout: Count | None = None
     shard_group_size: Count | None = None
     reshard_after_forward: bool | Auto = "auto"

@@ -40,9 +40,7 @@ def evaluate(config: Configuration, group: Group, as_json: bool) -> None:
         data = EvalData(*folder, config.eval_batches)
         check_tokenizer(checkpoint, data.tokens)
     check_same_data(group, data.tokens)
-    batches = partial(
-        progress, what="evaluating", unit="batch", total=-(-len(data) // plan.eval_sequences)
-    )
+    batches = partial(progress, what="evaluating", unit="batch")
     with closing(open_engine(config, training=False)) as engine:
         engine.load(checkpoint.read, None, partial(progress, what="loading", unit="layer"))
         group.barrier()  # some may take long to load

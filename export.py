@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from model import GPT
+from runtime.card import check_token, push, write_card
 from runtime.checkpoint import open_newest
 from runtime.console import UserError, command
 from runtime.families import NotInTransformers, family_of
@@ -24,15 +25,22 @@ from runtime.huggingface import (
 
 
 def export(
-    checkpoint_path: str, out: Path, dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_path: str,
+    out: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    push_to: str | None = None,
 ) -> None:
     """Write a checkpoint as Hugging Face GPT-2 or Llama, one layer at a time.
 
     Args:
         checkpoint_path: a checkpoint, or the folder of a run: its newest
-        out: the folder to write configuration, tokenizer and weights into; new or empty
+        out: the folder to write configuration, tokenizer, weights and a model card into; new or
+            empty
         dtype: of the weights
+        push_to: a repository of the Hugging Face hub, USER/NAME, to upload the folder to
     """
+    if push_to is not None:
+        check_token()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; use another --out")
     checkpoint = open_newest(checkpoint_path)
@@ -43,7 +51,8 @@ def export(
         raise UserError(
             f"{error}, so it can't be exported; sample.py and eval.py can use it"
         ) from None
-    theirs = family_of(config).theirs(config)
+    family = family_of(config)
+    theirs = family.theirs(config)
     theirs.dtype = dtype
     if checkpoint.tokenizer is not None:
         tokenizer = load_tokenizer(checkpoint)
@@ -66,7 +75,10 @@ def export(
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / INDEX).write_text(json.dumps(index, indent=1))
+    write_card(checkpoint, out, push_to or out.name, family.title, dtype)
     print(f"wrote {out}")
+    if push_to is not None:
+        print(f"pushed to {push(out, push_to)}")
 
 
 def main() -> None:

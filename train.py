@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 
 from configuration import Configuration
@@ -18,7 +17,9 @@ from runtime.checkpoint import claim, newest, save
 from runtime.console import StopSignals, UserError, command, log, optional, progress, warn
 from runtime.distributed import Group, joined
 from runtime.metrics import Metrics
+from runtime.profiling import profiled
 from runtime.resume import find_start
+from runtime.samples import Samples
 
 MAX_SKIPPED = 10  # steps in a row that were not finite before training stops
 
@@ -36,7 +37,7 @@ def train(config: Configuration, group: Group) -> None:
         return
     plan = group.on_first(resolve, start.config, start.chosen, True, group.local_size)
     config, out_dir = plan.config, Path(plan.config.out_dir)
-    train_data, val_data = start.open_data(config, group)
+    train_data, val_data, samples = start.open_data(config, group)
     with (
         claim(out_dir, group),
         StopSignals(group.size) as signals,
@@ -46,15 +47,15 @@ def train(config: Configuration, group: Group) -> None:
         for warning in warnings(plan):
             warn(warning)
         start.restore(engine)
-        if group.rank == 0:
-            write_configuration(start.config, config, out_dir / "config.yaml")
+        group.on_first(write_configuration, start.config, config, out_dir / "config.yaml")
         with closing(Metrics(plan, start.step, group.size, enabled=group.rank == 0)) as metrics:
             group.barrier()  # some may take long to load
-            run = Run(engine, train_data, val_data, plan, group, signals, metrics)
+            run = Run(engine, train_data, val_data, samples, plan, group, signals, metrics)
             if group.any(start.lacks_evaluation):
                 run.evaluate(start.step)
             skipped, due = 0, False
-            for stats in engine.run(train_data, start.step, config.num_steps, metrics.progress):
+            steps = engine.run(train_data, start.step, config.num_steps, metrics.progress)
+            for stats in profiled(steps, config, start.step, group.rank):
                 metrics.log_step(stats)
                 skipped = 0 if stats.finite else skipped + 1
                 if skipped == MAX_SKIPPED:
@@ -85,6 +86,7 @@ class Run:
     engine: Engine
     train_data: TrainData
     val_data: EvalData
+    samples: Samples
     plan: Plan
     group: Group
     signals: StopSignals
@@ -115,13 +117,13 @@ class Run:
                 loss, tokens = self.engine.evaluate(self.val_data, sequences, self._until_stopped)
             if not self.group.any(self.signals.stop):
                 self.metrics.log_evaluation(step, loss / tokens)
+                self.metrics.log_samples(step, self.samples.write(self.engine, self._until_stopped))
 
-    def _until_stopped(self, batches: Iterable) -> Iterator:
-        total = ceil(len(self.val_data) / self.plan.eval_sequences)
-        for batch in progress(batches, "evaluating", "batch", total):
+    def _until_stopped(self, items: Iterable, what="evaluating", unit="batch") -> Iterator:
+        for item in progress(items, what, unit):
             if self.group.any(self.signals.stop):
                 return
-            yield batch
+            yield item
 
 
 def diverged(step: int, out_dir: Path) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from math import ceil
 from warnings import catch_warnings
 
 import numpy as np
@@ -26,6 +27,7 @@ from runtime.checkpoint import KINDS
 INIT_BYTES = 4e9  # of layers that are drawn at a time
 # Positions whose logits exist at one time, fewer with more tokens than GPT-2's vocabulary has
 LOSS_ROWS, USUAL_VOCABULARY = {"CPU": 1024, "GPU": 8192}, 50257
+TEXT_LENGTHS = 64  # texts that are continued are padded to multiples of it
 Read = Callable[[str, slice | None], Tensor]  # (name, rows or None: all) -> tensor on the CPU
 Report = Callable[[float], None]  # is called with the fraction of a step that is done
 Watch = Callable[[Iterable], Iterable]  # yields the same items, and shows how many are done
@@ -188,16 +190,39 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, data: EvalData, sequences: int, watch: Watch = iter) -> tuple[float, int]:
         """The sum of the losses over all data and the number of tokens, with so many sequences at
-        a time; `watch` wraps the batches."""
+        a time; `watch` wraps where these begin."""
         total, tokens, begins = 0.0, 0, range(0, len(data), sequences)
-        self.model.eval()
-        try:
-            for batch in watch(data.get(b, sequences, self.rank, self.size) for b in begins):
+        with self.evaluating():
+            for begin in watch(begins):
+                batch = data.get(begin, sequences, self.rank, self.size)
                 total += self.sum_losses(batch).item()
                 tokens += int((batch.targets != IGNORE).sum())
+        return total, tokens
+
+    @torch.no_grad()
+    def next_logits(self, texts: list[Tensor]) -> Tensor:
+        """(texts, vocab_size), fp32 on the CPU: the logits of the token that follows each text, ids
+        (length,) of at most max_position_embeddings. Every process must call it."""
+        longest, rows = self.config.max_position_embeddings, []
+        for ids in texts:  # a few lengths only, which a GPU's kernels and torch.compile prefer
+            length = min(longest, ceil(len(ids) / TEXT_LENGTHS) * TEXT_LENGTHS)
+            rows.append(nn.functional.pad(ids, (0, length - len(ids)))[None].to(self.device))
+        with self.evaluating():
+            logits = self.last_logits(rows, [len(ids) - 1 for ids in texts])
+            return torch.stack(logits).float().cpu()
+
+    def last_logits(self, texts: list[Tensor], places: list[int]) -> list[Tensor]:
+        """The logits (vocab_size,) at one place of each text, ids (1, length)."""
+        return [self.model(ids)[0, place] for ids, place in zip(texts, places, strict=True)]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model without its dropout."""
+        self.model.eval()
+        try:
+            yield
         finally:
             self.model.train()
-        return total, tokens
 
 
 @cache

@@ -6,6 +6,8 @@ summed over the processes, so that the results do not depend on how many there a
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -139,10 +141,15 @@ class ShardedEngine(Engine):
 
     def evaluate(self, data: EvalData, sequences: int, watch: Watch = iter) -> tuple[float, int]:
         sums = torch.tensor(super().evaluate(data, sequences, watch), dtype=torch.float64)
-        for module in self._fsdp_modules():
-            module.reshard()
         dist.all_reduce(sums)
         return sums[0].item(), int(sums[1])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with super().evaluating():
+            yield
+        for module in self._fsdp_modules():
+            module.reshard()
 
     def close(self) -> None:
         self.model = self.optimizer = None

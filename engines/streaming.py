@@ -404,9 +404,19 @@ class StreamingEngine(Engine):
             self.storing.append((future, flat))
 
     def sum_losses(self, batch: Batch) -> Tensor:
-        return torch.stack([self._evaluate_pass(parts) for parts in self._passes(batch)]).sum()
+        losses = [
+            self.model.loss(x, part.targets).double()
+            for parts in self._passes(batch)
+            for x, part in zip(self._outputs(parts), parts, strict=True)
+        ]
+        return torch.stack(losses).sum()
 
-    def _evaluate_pass(self, parts: list[MicroBatch]) -> Tensor:
+    def last_logits(self, texts: list[Tensor], places: list[int]) -> list[Tensor]:
+        outputs = self._outputs([MicroBatch(ids, ids, 0) for ids in texts])
+        return [self.model.head(x[0, place]) for x, place in zip(outputs, places, strict=True)]
+
+    def _outputs(self, parts: list[MicroBatch]) -> Iterator[Tensor]:
+        """The last block's output for each micro-batch, while the head is on the device."""
         visits = self._visit([self.embedding, *self.blocks, self.head])
         next(visits)
         hidden = [self._embed(part) for part in parts]
@@ -415,10 +425,8 @@ class StreamingEngine(Engine):
             for i, part in enumerate(parts):
                 hidden[i] = self._block(layer, hidden[i], part)
         next(visits)
-        pairs = zip(hidden, parts, strict=True)
-        losses = [self.model.loss(x, part.targets).double() for x, part in pairs]
+        yield from hidden
         next(visits, None)
-        return torch.stack(losses).sum()
 
     def close(self) -> None:
         for thread in (self.fetcher, self.storer):

@@ -135,6 +135,14 @@ def count(config: Configuration) -> int:
     return sizes(config).total
 
 
+def headline(config: Configuration) -> str:
+    """What runs, and how, in a line."""
+    return (
+        f"{count(config):,} parameters, {config.engine} engine on {config.backend}, "
+        f"{config.precision}, {step_tokens(config):,} tokens a step"
+    )
+
+
 def checkpoint_bytes(config: Configuration) -> int:
     return CHECKPOINT_BYTES * count(config)
 

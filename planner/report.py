@@ -13,6 +13,7 @@ from planner.costs import (
     checkpoint_bytes,
     count,
     flops_per_token,
+    headline,
     rank_sequences,
     step_tokens,
 )
@@ -47,11 +48,7 @@ def time_text(seconds: float) -> str:
 
 def describe(plan: Plan) -> str:
     """A plan that fits, in a few lines."""
-    config, lines = plan.config, []
-    lines.append(
-        f"{count(config):,} parameters, {config.engine} engine on {config.backend}, "
-        f"{config.precision}, {step_tokens(config):,} tokens a step"
-    )
+    config, lines = plan.config, [headline(plan.config)]
     if config.backend == "CSX":
         lines[0] += f", {config.num_systems} Cerebras system{'s' * (config.num_systems > 1)}"
         return f"{lines[0]}; checkpoint: {size_text(checkpoint_bytes(config))}"

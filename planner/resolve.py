@@ -18,7 +18,7 @@ from planner.costs import OVERLAP, TIERS, Plan
 from planner.machine import Machine, has_bf16_units, store_folder, this_machine
 from planner.report import refusal
 from planner.search import engine_plan, engine_plans, first_fitting
-from runtime.console import UserError, warn
+from runtime.console import UserError, short, warn
 
 # Keys whose other values would round differently
 ROUNDING = (
@@ -36,6 +36,8 @@ def resolve(config: Configuration, chosen: dict, training: bool = True, processe
     machine doesn't have and for what does not fit.
     """
     config = resolve_device(config, chosen)
+    if training:
+        check_records(config)
     if config.engine == "cerebras":
         check_package()
         if config.backend == "CSX":
@@ -165,6 +167,20 @@ def check_engine(config: Configuration) -> None:
             f"engine: {config.engine} runs on one system, and num_systems is "
             f"{config.num_systems}; use --engine auto or --num_systems 1"
         )
+
+
+def check_records(config: Configuration) -> None:
+    """Raises UserError for what an engine can't record, or a profile that is not of the run."""
+    for key in ("sample_prompts", "profile"):
+        if config.engine == "cerebras" and getattr(config, key) is not None:
+            raise UserError(f"{key}: the cerebras engine has none; remove it")
+    if config.profile is not None:
+        steps = re.fullmatch(r"(\d{1,18}):(\d{1,18})", config.profile)
+        if not steps or not 1 <= int(steps[1]) <= int(steps[2]) <= config.num_steps:
+            raise UserError(
+                f"profile: {short(config.profile)} is not START:STOP, two steps from 1 to "
+                f"num_steps {config.num_steps}"
+            )
 
 
 def check_package() -> None:

@@ -208,16 +208,22 @@ def load_tokenizer(checkpoint: Checkpoint):
     """The transformers tokenizer of a checkpoint; raises UserError where it carries none."""
     if checkpoint.tokenizer is None:
         raise UserError(f"{checkpoint.path} has no tokenizer.json: its dataset had none")
+    content = checkpoint.tokenizer.read_bytes()
+    return make_tokenizer(checkpoint.path, content, checkpoint.config.vocab_size)
+
+
+def make_tokenizer(folder: Path, content: bytes, vocab_size: int):
+    """The transformers tokenizer of a tokenizer.json that is in this folder."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.tokenizer))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_buffer(content))
     except Exception as error:  # tokenizers raises no narrower one
-        raise UserError(f"{checkpoint.path}/tokenizer.json is not a tokenizer: {error}") from None
-    most = checkpoint.config.vocab_size
-    if max(tokenizer.get_vocab().values(), default=0) >= most:
+        raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {error}") from None
+    if max(tokenizer.get_vocab().values(), default=0) >= vocab_size:
         raise UserError(
-            f"{checkpoint.path}/tokenizer.json has ids above the model's vocab_size {most:,}: it "
+            f"{folder}/tokenizer.json has ids above the model's vocab_size {vocab_size:,}: it "
             f"belongs to another model"
         )
     if (end := end_of_text(tokenizer)) is not None:
@@ -233,7 +239,7 @@ def encode(tokenizer, prompt: str) -> torch.Tensor:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     except Exception as error:  # tokenizers raises no narrower one
         raise UserError(
-            f"the prompt has a character that the checkpoint's vocabulary lacks ({error})"
+            f"the prompt {short(prompt)} has a character that the vocabulary lacks ({error})"
         ) from None
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty; give at least one character")

@@ -1,4 +1,4 @@
-"""The metrics of a run: a line a step, metrics.jsonl, TensorBoard events and loss.png."""
+"""The metrics of a run: a line a step, metrics.jsonl, a tracker and loss.png."""
 
 import json
 import math
@@ -11,10 +11,11 @@ import torch
 from tqdm import tqdm
 
 from engines.base import StepStats
-from planner.costs import Plan, flops_per_token
+from planner.costs import Plan, flops_per_token, headline
 from planner.machine import peak_resident
 from runtime.console import log, optional, warn
 from runtime.files import count_of, replacing
+from runtime.tracking import Tracker
 
 OF_A_STEP = ("step", "loss", "learning_rate", "grad_norm", "seconds", "tokens")
 
@@ -31,7 +32,7 @@ class Metrics:
         self.flops_per_token = flops_per_token(config)
         self.peak_flops = plan.machine.matmul * processes
         self.seconds = {"evaluation": plan.eval_seconds, "save": plan.save_seconds}
-        self.out_dir, self.enabled, self.events = Path(config.out_dir), enabled, None
+        self.out_dir, self.enabled = Path(config.out_dir), enabled
         self.path = self.out_dir / "metrics.jsonl"
         if not enabled:
             return
@@ -41,10 +42,7 @@ class Metrics:
         if damaged := found.count(None):
             warn(f"{self.path}: {damaged} damaged lines were dropped")
         self.file, self.unwritten = open(self.path, "ab", buffering=0), b""  # noqa: SIM115
-        with optional("TensorBoard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(f"{self.out_dir}/tensorboard", purge_step=start + 1)
+        self.tracker = Tracker(config, start)
         # None: a bar on a terminal only; a log has its lines
         bar = {"unit": "step", "disable": None, "dynamic_ncols": True}
         self.bar = tqdm(total=self.stop, initial=start, **bar)
@@ -110,16 +108,23 @@ class Metrics:
         )
         self.draw()
 
+    def log_samples(self, step: int, samples: list[str]) -> None:
+        """Records texts that the model wrote after `step`."""
+        if not self.enabled or not samples:
+            return
+        self._write_line({"step": step, "samples": samples})
+        self.tracker.log_samples(step, samples)
+        for sample in samples:
+            log(f"step {step}/{self.stop} | sample | {sample}")
+
     def _record(self, step: int, **values: float | list[int]) -> None:
         numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-        if self.events is not None:
-            events, self.events = self.events, None  # not used again once it has failed
-            with optional("TensorBoard"):
-                for name, value in numbers.items():
-                    events.add_scalar(name, value, step)
-                self.events = events
+        self.tracker.log(step, numbers)
         finite = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
-        self.unwritten += _line({"step": step, **values, **finite}).encode()
+        self._write_line({"step": step, **values, **finite})
+
+    def _write_line(self, record: dict) -> None:
+        self.unwritten += _line(record).encode()
         self._write()
 
     def _write(self) -> None:
@@ -149,12 +154,21 @@ class Metrics:
             if points:
                 axes.plot(*zip(*points, strict=True), label=key, **style)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.set_title(str(self.out_dir), parse_math=False)  # $ is an ordinary character there
+        # $ is an ordinary character there
+        axes.set_title(self._title(records), parse_math=False, fontsize="medium")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
         with replacing(self.out_dir / "loss.png") as drawing:
             figure.savefig(drawing, format="png", dpi=120)
+
+    def _title(self, records: list[dict]) -> str:
+        """What ran, and how far it came."""
+        text = f"{self.out_dir}: {headline(self.config)}\nstep {self.done:,} of {self.stop:,}"
+        for key in ("loss", "val_loss"):
+            found = [r[key] for r in records if r.get(key) is not None]
+            text += f", {key} {found[-1]:.4f}" if found else ""
+        return text
 
     def close(self) -> None:
         if not self.enabled:
@@ -162,9 +176,7 @@ class Metrics:
         self.bar.close()
         self._write()
         self.file.close()
-        if self.events is not None:
-            with optional("TensorBoard"):
-                self.events.close()
+        self.tracker.close()
 
 
 def _skipped(stats: StepStats) -> str:

@@ -12,6 +12,7 @@ from runtime.checkpoint import MANIFEST, TOKENIZER, Checkpoint, find_checkpoints
 from runtime.console import UserError, log, progress, short, warn
 from runtime.distributed import Group
 from runtime.metrics import read_records
+from runtime.samples import Samples
 from runtime.tokens import Tokens, find_folder
 
 # Keys that may change without a word, and those that the order of the data depends on
@@ -26,6 +27,7 @@ FREE = {
         "stream_batch_size",
     ),
     *("activation_checkpointing", "activation_location", "shard_group_size"),
+    *("sample_prompts", "tracker", "profile"),
     *("reshard_after_forward", "offload", "cluster"),
 }
 DATA_KEYS = {"dataset", "batch_size", "sequence_length", "seed"}
@@ -63,9 +65,10 @@ class Start:
     def finished(self) -> bool:
         return self.step >= self.config.num_steps and not self.lacks_evaluation
 
-    def open_data(self, config: Configuration, group: Group) -> tuple[TrainData, EvalData]:
-        """Opens the data for the whole run. They must be the same for every process, with the
-        tokenizer of what the run starts from; logs if they changed since the checkpoint."""
+    def open_data(self, config: Configuration, group: Group) -> tuple[TrainData, EvalData, Samples]:
+        """Opens the data for the whole run, and encodes its sample prompts. The data must be the
+        same for every process, with the tokenizer of what the run starts from; logs if they changed
+        since the checkpoint."""
         folder = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
         with group.shared_errors():
             train = TrainData(*folder, config.seed)
@@ -76,12 +79,13 @@ class Start:
                 from runtime.huggingface import check_vocabulary  # transformers is slow to import
 
                 check_vocabulary(config.init_from, train.tokens)
+            samples = Samples(config, train.tokens)
         check_same_data(group, train.tokens, val.tokens)
         if self.checkpoint is not None and self.checkpoint.train_digest != train.tokens.digest:
             warn(
                 f"{train.tokens.path} changed since {self.checkpoint.path}; data order will differ"
             )
-        return train, val
+        return train, val, samples
 
     def restore(self, engine: Engine) -> None:
         """Gives the engine its weights, and the rest of its state."""

@@ -40,6 +40,7 @@ def pytest_addoption(parser):
 
 def cloned(folder: Path) -> Path:
     """The program, in a folder of its own."""
+    folder.mkdir(exist_ok=True)
     for pattern in ("*.py", "engines/*.py", "planner/*.py", "runtime/*.py", "data/*.py"):
         for path in ROOT.glob(pattern):
             (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,41 @@
+"""--profile START:STOP: a torch.profiler trace of some steps of a run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from configuration import Configuration
+from engines.base import StepStats
+from runtime.console import log, optional, warn
+from runtime.files import replacing
+
+
+def profiled(
+    steps: Iterator[StepStats], config: Configuration, start: int, rank: int
+) -> Iterator[StepStats]:
+    """The steps that follow `start`. Those that `config.profile` names are traced into a file of
+    out_dir, one of each process, which https://ui.perfetto.dev and chrome://tracing show."""
+    if config.profile is None:
+        yield from steps
+        return
+    first, last = map(int, config.profile.split(":"))
+    if first <= start:
+        warn(f"profile: {config.profile} begins with a step that is done; nothing is traced")
+        yield from steps
+        return
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    trace = profile(activities=activities)
+    for step in range(start + 1, config.num_steps + 1):
+        if step == first:
+            trace.start()
+        if (stats := next(steps, None)) is None:
+            return
+        if step == last:
+            trace.stop()
+            path = Path(config.out_dir) / f"trace_{first}-{last}_rank{rank}.json"
+            with optional("the trace"), replacing(path) as writing:
+                trace.export_chrome_trace(str(writing))
+            log(f"wrote {path}")
+        yield stats

@@ -1,0 +1,103 @@
+"""Trackers: TensorBoard, Weights & Biases or trackio get what metrics.jsonl gets, the resolved
+configuration and the sample texts. They never end a training."""
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+from configuration import Configuration
+from runtime.console import warn
+from runtime.files import replacing
+
+NAMES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio"}
+PROJECT = "gigagpt"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
+RUN_ID = "tracker_id"  # the file in out_dir with which a resumed run goes on in the same record
+
+
+class Tracker:
+    """The tracker that `config.tracker` chooses, if any, of a run from step `start`. One that fails
+    is warned of once, and is not used again."""
+
+    def __init__(self, config: Configuration, start: int):
+        self.name, self.service = NAMES.get(config.tracker), None
+        if config.tracker == "tensorboard":
+            self._attempt(lambda: _TensorBoard(config, start))
+        elif config.tracker is not None:
+            self._attempt(lambda: _Service(config, start))
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """The figures of a step or an evaluation."""
+        self._use(lambda service: service.log(step, numbers))
+
+    def log_samples(self, step: int, samples: list[str]) -> None:
+        """Texts that the model wrote after a step."""
+        self._use(lambda service: service.log_samples(step, samples))
+
+    def close(self) -> None:
+        self._use(lambda service: service.close())
+
+    def _use(self, action: Callable) -> None:
+        service, self.service = self.service, None
+        if service is not None:
+            self._attempt(lambda: action(service) or service)
+
+    def _attempt(self, action: Callable) -> None:
+        try:
+            self.service = action()
+        except Exception as error:  # each package has errors of its own
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if isinstance(error, ModuleNotFoundError):
+                reason = f"{error.name} is not installed: pip install {error.name}"
+            warn(f"{self.name} failed ({reason}); training continues")
+
+
+class _TensorBoard:
+    def __init__(self, config: Configuration, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(f"{config.out_dir}/tensorboard", purge_step=start + 1)
+        lines = (f"    {key}: {value}" for key, value in asdict(config).items())
+        self.writer.add_text("configuration", "\n".join(lines), start)
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def log_samples(self, step: int, samples: list[str]) -> None:
+        for number, sample in enumerate(samples):
+            self.writer.add_text(f"sample_{number}", sample, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Service:
+    """Weights & Biases, or trackio, whose functions are the same."""
+
+    def __init__(self, config: Configuration, start: int):
+        self.module = import_module(config.tracker)
+        path = Path(config.out_dir) / RUN_ID
+        if start == 0 or not path.exists():
+            with replacing(path) as writing:
+                writing.write_text(secrets.token_hex(4))
+        name, run_id = Path(config.out_dir).absolute().name, path.read_text()
+        options = {"project": os.environ.get(f"{config.tracker.upper()}_PROJECT", PROJECT)}
+        if config.tracker == "wandb":
+            options |= {"name": name, "id": run_id, "dir": config.out_dir}
+        else:
+            options |= {"name": f"{name}-{run_id}"}
+        self.module.init(config=asdict(config), resume="allow", **options)
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        self.module.log(numbers, step=step)
+
+    def log_samples(self, step: int, samples: list[str]) -> None:
+        rows = [[step, sample] for sample in samples]
+        table = self.module.Table(columns=["step", "text"], data=rows)
+        self.module.log({"samples": table}, step=step)
+
+    def close(self) -> None:
+        self.module.finish()

@@ -1,0 +1,149 @@
+"""What others make of a run, with their real packages, offline: trackers and lm-eval. They need an
+environment of their own: make test-tools."""
+
+import json
+import math
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, cloned, records, text, worked
+from tokenizers import Tokenizer
+
+from runtime.files import read_sealed
+from runtime.tokens import write_meta
+
+pytestmark = pytest.mark.tools
+FLAGS = ["--eval_steps", "3", "--eval_batches", "1", "--sample_prompts", "[abc, the]"]
+
+
+def train(config, *more: str, **environment: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, "train.py", config.path, *FLAGS, *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    kept = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    return subprocess.run(words, cwd=ROOT, env=environment, timeout=300, **kept)
+
+
+def wandb_records(path: Path) -> list:
+    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format, whose blocks of
+    32 KiB hold pieces of (checksum, length, kind); kinds 1 and 4 end a record."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    raw, at, body, found = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(raw):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", raw, at + 4)
+        body += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            found.append(Record.FromString(body))
+            body = b""
+    return found
+
+
+def test_trackio_has_a_run_and_what_it_was_resumed_with(config, tmp_path):
+    environment = {"TRACKIO_DIR": str(tmp_path / "trackio"), "TRACKIO_PROJECT": "words"}
+    worked(train(config, "--tracker", "trackio", "--num_steps", "3", **environment))
+    resume = ["--checkpoint_path", "latest"]
+    worked(train(config, "--tracker", "trackio", *resume, **environment))
+    base = sqlite3.connect(tmp_path / "trackio/words.db")
+    ((settings,),) = base.execute("SELECT config FROM configs").fetchall()
+    assert (json.loads(settings)["width"], json.loads(settings)["engine"]) == (32, "resident")
+    runs = base.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    (name,) = {name for name, _, _ in runs}
+    assert name.startswith("out-")
+    for key in ("loss", "val_loss", "learning_rate", "tokens_per_second", "samples"):
+        seen = {step: json.loads(m)[key] for _, step, m in runs if key in json.loads(m)}
+        if key == "samples":
+            seen = {step: [row["text"] for row in table["_value"]] for step, table in seen.items()}
+        assert seen == {r["step"]: r[key] for r in records(config.out, key)}
+    assert sorted(seen) == [3, 6]
+
+
+def test_wandb_offline_has_the_run(config):
+    worked(train(config, "--tracker", "wandb", WANDB_MODE="offline", WANDB_PROJECT="words"))
+    (path,) = config.out.glob("wandb/offline-run-*/*.wandb")
+    found = wandb_records(path)
+    (run,) = [r.run for r in found if r.WhichOneof("record_type") == "run"]
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (run.project, run.display_name) == ("words", "out")
+    assert (settings["width"], settings["engine"]) == (32, "resident")
+    history = [r.history for r in found if r.WhichOneof("record_type") == "history"]
+    rows = [{"/".join(i.nested_key): json.loads(i.value_json) for i in h.item} for h in history]
+    for key in ("loss", "val_loss", "learning_rate", "tokens_per_second"):
+        seen = {row["_step"]: row[key] for row in rows if key in row}
+        assert seen == pytest.approx({r["step"]: r[key] for r in records(config.out, key)})
+    tables = [row["samples/path"] for row in rows if "samples/path" in row]
+    texts = [json.loads((path.parent / "files" / table).read_text())["data"] for table in tables]
+    assert texts == [[[r["step"], s] for s in r["samples"]] for r in records(config.out, "samples")]
+
+
+def test_wandb_without_a_key_does_not_end_the_training(config, tmp_path):
+    seen = train(config, "--tracker", "wandb", HOME=str(tmp_path), WANDB_API_KEY="")
+    assert "step 6/6" in worked(seen)
+    assert seen.stderr.count("warning: Weights & Biases failed (") == 1
+    assert "Traceback" not in seen.stderr
+
+
+TASK = {
+    "task": "val_text",
+    "dataset_path": "json",
+    "validation_split": "validation",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
+}
+
+
+def test_lm_eval_finds_the_loss_that_eval_py_finds(config, tmp_path):
+    """On a text of a whole number of windows, which follows an end of text, as lm-eval begins."""
+    clone, length, windows = cloned(tmp_path / "clone"), 32, 20
+    lines = (json.dumps({"text": text(i, 400)}) for i in range(40))
+    (tmp_path / "words.jsonl").write_text("\n".join(lines))
+    prepare = ["--name", "bpe", "--tokenizer", "bpe:300", str(tmp_path / "words.jsonl")]
+    worked(type_in(str(clone / "data/prepare.py"), *prepare))
+    folder = clone / "data/bpe"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    whole = text(99, 4000)
+    encoded = ((n, tokenizer.encode(whole[:n]).ids) for n in range(500, 4000))
+    cut, ids = next((n, ids) for n, ids in encoded if len(ids) == length * windows)
+    np.array([end, *ids], np.uint16).tofile(folder / "val.bin")
+    meta = read_sealed(folder / "meta.json")
+    meta["bytes"]["val"] = cut
+    write_meta(folder, meta)
+    flags = ["--dataset", str(folder), "--vocab_size", str(meta["vocab_size"])]
+    worked(train(config, *flags, "--sample_prompts", "null"))
+    arguments = [config.path, *flags, "--checkpoint_path", str(config.out)]
+    ours = json.loads(worked(type_in("eval.py", *arguments, "--json")))
+    assert ours["tokens"] == length * windows
+    exported = tmp_path / "exported"
+    worked(type_in("export.py", "--checkpoint_path", str(config.out), "--out", str(exported)))
+
+    (tmp_path / "val.jsonl").write_text(json.dumps({"text": whole[:cut]}))
+    files = {"data_files": {"validation": str(tmp_path / "val.jsonl")}}
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "val_text.yaml").write_text(yaml.safe_dump(TASK | {"dataset_kwargs": files}))
+    words = ["-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={exported}"]
+    words += ["--tasks", "val_text", "--include_path", str(tasks), "--device", "cpu"]
+    words += ["--output_path", str(tmp_path / "results")]
+    worked(type_in(*words))
+    (results,) = (tmp_path / "results").rglob("results_*.json")
+    theirs = json.loads(results.read_text())["results"]["val_text"]["bits_per_byte,none"]
+    assert theirs * math.log(2) * cut / ours["tokens"] == pytest.approx(ours["loss"], rel=1e-4)
+
+
+def type_in(*words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, *words]
+    return subprocess.run(line, cwd=ROOT, env=environment, text=True, capture_output=True)
