@@ -4,6 +4,9 @@ import hashlib
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,7 +207,7 @@ def test_sample_refusals(run, config):
     flags = ["--checkpoint_path", config.out / "checkpoint_3.mdl"]
     refused(
         run("sample", *flags, "--prompt", "Z"),
-        "has a character that the checkpoint's vocabulary lacks",
+        "has a character that the vocabulary lacks",
     )
     refused(run("sample", *flags, "--prompt", ""), "the prompt is empty")
     refused(run("sample", *flags, "--top_k", 0, "--prompt", "a"), "start at 1")
@@ -440,3 +443,40 @@ def test_a_run_is_named_by_its_folder(run, config, tmp_path):
     assert seen.status == 0
     modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "exported").iterdir()}
     assert set(modes.values()) == {0o644}, modes
+
+
+def test_the_model_card(run, config, tmp_path):
+    from huggingface_hub import ModelCard
+
+    run("train", config.path)
+    (val_loss,) = [r["val_loss"] for r in records(config.out, "val_loss")]
+    assert run("export", "--checkpoint_path", config.out, "--out", tmp_path / "words").status == 0
+    card = ModelCard.load(tmp_path / "words/README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert "# words\n" in card.text and "A GPT-2 of 27,360 parameters" in card.text
+    assert f"| data | {config.values['dataset']} |" in card.text
+    assert f"| steps, tokens seen | 6, {6 * 4 * 32} |" in card.text
+    assert f"| loss of the last step | {records(config.out)[-1]['loss']:.4f} nats" in card.text
+    assert f"| validation loss | {val_loss:.4f} nats a token" in card.text
+    again = tmp_path / "again.yaml"  # the configuration is one that trains
+    again.write_text(card.text.split("```yaml\n")[1].removesuffix("```\n"))
+    seen = run("train", again, "--out_dir", tmp_path / "again")
+    assert seen.status == 0, seen.err
+    assert records(tmp_path / "again")[-1]["loss"] == records(config.out)[-1]["loss"]
+
+
+def test_a_push_without_a_token_or_a_network(run, config, tmp_path):
+    run("train", config.path)
+    words = [sys.executable, "export.py", "--checkpoint_path", config.out, "--push_to", "me/words"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment.pop("HF_TOKEN", None)
+    for token, message in (
+        ({}, "push_to needs a token of the Hugging Face hub: hf auth login, or HF_TOKEN"),
+        ({"HF_TOKEN": "hf_none"}, f"{tmp_path}/out2 is written, but not pushed to me/words: "),
+    ):
+        out = tmp_path / f"out{len(token) + 1}"
+        kept = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment | token}
+        done = subprocess.run(list(map(str, [*words, "--out", out])), **kept)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert message in done.stderr
+        assert (out / "README.md").exists() == bool(token)

@@ -13,8 +13,9 @@ LADDER = [  # the ground first
     *("engines.optimizer", "engines.base", "engines.buffers", "engines.store"),
     *("engines.resident", "engines.streaming", "engines.sharded", "engines.cerebras", "engines"),
     *("planner.measure", "planner.machine", "planner.costs", "planner.search", "planner.report"),
-    *("planner.resolve", "runtime.launch", "runtime.distributed", "runtime.metrics"),
-    *("runtime.families", "runtime.huggingface", "runtime.generation", "runtime.resume"),
+    *("planner.resolve", "runtime.launch", "runtime.distributed", "runtime.tracking"),
+    *("runtime.metrics", "runtime.profiling", "runtime.families", "runtime.huggingface"),
+    *("runtime.generation", "runtime.card", "runtime.samples", "runtime.resume"),
 ]
 COMMANDS = ["train", "eval", "sample", "export", "plan"]
 PACKAGES = ("runtime", "planner", "engines", "data")

@@ -1,9 +1,12 @@
-"""What a run records and tells: metrics.jsonl, loss.png and the time left."""
+"""What a run records and tells: metrics.jsonl, trackers, sample texts, traces, loss.png and the
+time left."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -91,6 +94,120 @@ def test_a_step_records_its_tokens_seconds_and_memory(run, config):
     events.Reload()
     assert {"tokens", "seconds", "memory"} <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("tokens")] == [r["tokens"] for r in steps]
+
+
+def test_the_picture_says_what_ran_and_how_it_ended(tmp_path):
+    (tmp_path / "words").mkdir()
+    told = ten_steps(tmp_path / "words", 0, 0)
+    told.done = 3
+    lines = told._title([{"step": 2, "loss": 3.5}, {"step": 3, "loss": 2.5}]).split("\n")
+    told.close()
+    assert lines[0].startswith(f"{tmp_path}/words: 125,226,240 parameters,") and "tokens a step" in lines[0]
+    assert lines[1] == "step 3 of 10, loss 2.5000"
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_does_not_end_the_training(run, config, name):
+    seen = run("train", config.path, "--tracker", name)
+    assert seen.status == 0 and "step 6/6" in seen.out
+    assert seen.err.count(f"failed ({name} is not installed: pip install {name}); ") == 1
+
+
+def test_no_tracker(run, config):
+    assert run("train", config.path, "--tracker", "null").status == 0
+    assert len(records(config.out)) == 6
+    assert not (config.out / "tensorboard").exists()
+
+
+PROMPTS = ["--sample_prompts", "[abc, the ship]", "--eval_steps", 3]
+
+
+@pytest.fixture
+def samples(run, config) -> list[dict]:
+    """What the resident engine writes after steps 3 and 6."""
+    seen = run("train", config.path, *PROMPTS, "--out_dir", config.out / "first")
+    assert seen.status == 0, seen.err
+    found = records(config.out / "first", "samples")
+    for record in found:
+        for text, prompt in zip(record["samples"], ("abc", "the ship"), strict=True):
+            assert text.startswith(prompt) and len(text) == len(prompt) + 64
+            assert f"step {record['step']}/6 | sample | {text}\n" in seen.out
+    return found
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--engine", "streaming", "--stream_to", "ram"),
+        ("--engine", "streaming", "--stream_to", "disk"),
+        ("--num_systems", 2),
+    ],
+)
+def test_every_engine_writes_the_same_samples(run, config, samples, flags):
+    seen = run("train", config.path, *PROMPTS, *flags)
+    assert seen.status == 0, seen.err
+    assert [r["step"] for r in samples] == [3, 6]
+    assert records(config.out, "samples") == samples
+
+
+def test_samples_change_no_figure(run, config, samples):
+    run("train", config.path, "--eval_steps", 3)
+    for key in ("loss", "val_loss"):
+        first = [r[key] for r in records(config.out / "first", key)]
+        assert [r[key] for r in records(config.out, key)] == first
+
+
+def test_samples_follow_the_model(config, samples):
+    """They are drawn from the logits that the checkpoint's model gives to what comes before."""
+    from model import GPT
+    from runtime.checkpoint import Checkpoint
+    from runtime.huggingface import load_tokenizer
+
+    checkpoint = Checkpoint(config.out / "first/checkpoint_6.mdl")
+    model = GPT(checkpoint.config)
+    model.load_state_dict({name: checkpoint.read(name) for name in checkpoint.weights})
+    (ids,) = load_tokenizer(checkpoint)(samples[1]["samples"][0], return_tensors="pt")["input_ids"]
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for end in range(3, 40):  # beyond the 32 positions of the model
+            logits = model(ids[None, max(0, end - 32) : end])[0, -1]
+            top, tokens = logits.topk(len(logits))
+            both = torch.stack([top, top]) / 0.8  # two prompts are drawn at once
+            drawn = both.softmax(1).multinomial(1, generator=draws)[0]
+            assert tokens[drawn] == ids[end]
+
+
+def test_a_prompt_that_can_not_be_encoded_is_refused_before_the_training(run, config):
+    seen = run("train", config.path, "--sample_prompts", "[abc, Z9]")
+    assert seen.status == 1 and not (config.out / "metrics.jsonl").exists()
+    assert seen.err.startswith("error: the prompt 'Z9' has a character that the vocabulary lacks")
+
+
+@pytest.mark.parametrize("flags", [(), ("--num_systems", 2)])
+def test_a_trace_of_some_steps(run, config, flags):
+    seen = run("train", config.path, "--profile", "2:4", *flags)
+    assert seen.status == 0, seen.err
+    traces = sorted(config.out.glob("trace_*"))
+    assert [t.name for t in traces] == [
+        f"trace_2-4_rank{rank}.json" for rank in range(2 if flags else 1)
+    ]
+    events = json.loads(traces[0].read_text())["traceEvents"]
+    assert sum(e.get("name") == "Optimizer.step#AdamW.step" for e in events) == 3
+
+
+@pytest.mark.parametrize("value", ["4:9", "0:2", "3:2", "3", "a:b", "1:2:3"])
+def test_a_profile_beyond_the_run_is_refused(run, config, value):
+    seen = run("train", config.path, "--profile", value)
+    assert (seen.status, seen.out) == (1, "")
+    message = "is not START:STOP, two steps from 1 to num_steps 6"
+    assert seen.err == f"error: profile: '{value}' {message}\n"
+
+
+def test_a_profile_of_steps_that_are_done(run, config):
+    stop_at_3(run, config)
+    seen = run("train", config.path, "--checkpoint_path", "latest", "--profile", "2:5")
+    assert seen.status == 0 and not list(config.out.glob("trace*"))
+    assert "profile: 2:5 begins with a step that is done; nothing is traced" in seen.err
 
 
 @pytest.fixture
