@@ -52,12 +52,8 @@ def test_slurm(clone, config, tmp_path):
 def test_skypilot(clone, config):
     task = yaml.safe_load((ROOT / "examples/skypilot.yaml").read_text())
     script = task["run"].replace("/checkpoints", str(config.out))
-    values = {
-        "SKYPILOT_NODE_IPS": "127.0.0.1",
-        "SKYPILOT_NUM_NODES": 1,
-        "SKYPILOT_TASK_ID": "sky-1",
-    }
-    values |= {"SKYPILOT_NUM_GPUS_PER_NODE": 2, "CONFIG": config.path}
+    values = {"SKYPILOT_NODE_IPS": "127.0.0.1", "SKYPILOT_NUM_NODES": 1, "CONFIG": config.path}
+    values |= {"SKYPILOT_NUM_GPUS_PER_NODE": 2, "SKYPILOT_TASK_ID": "sky-1"}
     assert "2 processes" in run(["bash", "-euc", script], clone, **values)
     assert [r["step"] for r in records(config.out)] == [1, 2, 3, 4, 5, 6]
 
@@ -67,17 +63,13 @@ def test_kubernetes(clone, config):
     job = yaml.safe_load((ROOT / "examples/kubernetes.yaml").read_text())["spec"]
     (container,) = job["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
     program, *words = container["command"]
-    given = {"--num_systems": 2, "--dataset": config.values["dataset"], "--out_dir": config.out}
+    less = [f"--dataset={config.values['dataset']}", f"--out_dir={config.out}", "--num_systems=2"]
     words = [config.path if word.endswith(".yaml") else word for word in words]
-    words = [
-        f"{w.split('=')[0]}={given[w.split('=')[0]]}" if w.split("=")[0] in given else w
-        for w in words
-    ]
     values = {entry["name"]: entry["value"] for entry in container["env"]}
     values |= {"PET_NNODES": "1:1", "PET_NPROC_PER_NODE": 2, "PET_RDZV_BACKEND": "c10d"}
     values |= {"PET_RDZV_ENDPOINT": "localhost:29511", "PET_MAX_RESTARTS": 3}
     assert program == "torchrun"
-    out = run([sys.executable, "-m", "torch.distributed.run", *words], clone, **values)
+    out = run([sys.executable, "-m", "torch.distributed.run", *words, *less], clone, **values)
     assert "2 processes" in out and "step 6/6" in out
 
 

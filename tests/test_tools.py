@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,3 +148,17 @@ def type_in(*words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, *words]
     return subprocess.run(line, cwd=ROOT, env=environment, text=True, capture_output=True)
+
+
+def test_the_training_operator_knows_every_field_of_our_job():
+    """Kubeflow's client, whose models drop what is not theirs."""
+    from kubeflow.training import models
+    from kubernetes import client
+
+    for name, model in vars(models).items():
+        if isinstance(model, type):
+            setattr(client.models, name, model)
+    job = yaml.safe_load((ROOT / "examples/kubernetes.yaml").read_text())
+    sent = SimpleNamespace(data=json.dumps(job))
+    understood = client.ApiClient().deserialize(sent, "KubeflowOrgV1PyTorchJob")
+    assert client.ApiClient().sanitize_for_serialization(understood) == job
