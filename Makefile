@@ -77,13 +77,13 @@ loc:
 	$(PYTHON) bench/loc.py
 
 # Our training step beside its peers', streaming beside resident and what offloads, each in a process of
-# its own, in turns (docs/performance.md). OTHER_NAMES and GIGAGPT name checkouts, for more sides.
+# its own, in turns (docs/performance.md). NANOGPT and GIGAGPT name checkouts, for more sides.
 BENCH := $(BIN)/python bench/compare.py --out out/bench.jsonl --peers_python $(PEERS)/bin/python
 NANOGPT_SIDES := [nanogpt-train,nanogpt-fp32,nanogpt-bf16,nanogpt-bf16-compiled]
 bench: install $(PEERS)/installed
 	mkdir -p out
 	$(BENCH) --sides "[transformers,transformers-compiled,litgpt-compiled]"
-	$(if $(OTHER_NAMES),$(BENCH) --nanogpt $(OTHER_NAMES) --sides "$(NANOGPT_SIDES)")
+	$(if $(NANOGPT),$(BENCH) --nanogpt $(NANOGPT) --sides "$(NANOGPT_SIDES)")
 	$(if $(GIGAGPT),$(BENCH) --gigagpt $(GIGAGPT) --sides "[gigagpt-fp32]")
 	$(BENCH) --tokens 16384 --rounds 2 --base streaming-disk --sides \
 		"[resident,streaming-ram,fsdp-offload,deepspeed-cpu,deepspeed-nvme]"
