@@ -8,18 +8,19 @@ from typing import get_args
 import docstring_parser
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
 from cluster import Cluster
 from configuration import SECTIONS
 
+PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
-Every key of a configuration, made from the docstrings by `python docs/reference.py`. A key stands in a YAML file or on the
-command line, which comes first: `python train.py configs/111m.yaml --batch_size 8`. A value is YAML in both places. `null` is no
-value; `auto` is replaced by what fits and is fastest on this machine, and the choice is printed, recorded in `config.yaml`
-and kept by a resumed run. An unknown key is refused, with the nearest known one."""
+Every key of a configuration, made from the docstrings by `python docs/reference.py`. A key stands
+in a YAML file or on the command line, which comes first: `python train.py configs/111m.yaml
+--batch_size 8`. A value is YAML in both places. `null` is no value; `auto` is replaced by what fits
+and is fastest on this machine; the choice is printed, recorded in `config.yaml` and kept by a
+resumed run. An unknown key is refused, with the nearest known one."""
 TITLES = {"GPTConfig": "Model", "Cluster": "Cerebras cluster"}
 
 
@@ -56,4 +57,4 @@ def kind(annotation: object) -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "docs/configuration.md").write_text(reference())
+    PAGE.write_text(reference())

@@ -61,7 +61,7 @@ def test_in_the_order_of_the_readme(clone, tmp_path):
     out = worked(type_in(clone, train, "--num_steps", "2", *SMALL))
     assert "saved model_dir/checkpoint_2.mdl" in out
 
-    again = f"{train} --checkpoint_path latest"
+    again = "python train.py configs/111m.yaml --checkpoint_path latest"
     out = worked(type_in(clone, again, "--num_steps", "3", *SMALL))
     assert "resumed from model_dir/checkpoint_2.mdl at step 2" in out
     # the README's names the 9,037th step
@@ -78,7 +78,11 @@ def test_in_the_order_of_the_readme(clone, tmp_path):
     out = worked(type_in(clone, sample, "--prompt", "The ship", *few))
     assert out.startswith("The ship")
 
-    out = worked(type_in(clone, f'{sample} --prompt "The ship" --top_k 50', *few))
+    again = (
+        "python sample.py --checkpoint_path model_dir/checkpoint_9037.mdl"
+        ' --prompt "The ship" --top_k 50'
+    )
+    out = worked(type_in(clone, again, *few))
     assert out.startswith("The ship")
 
     export = "python export.py --checkpoint_path model_dir/checkpoint_9037.mdl --out exported"
@@ -92,16 +96,19 @@ def test_in_the_order_of_the_readme(clone, tmp_path):
 
 @pytest.mark.long
 def test_another_dataset(clone, shakespeare):
-    line = f"python train.py configs/111m.yaml --dataset {shakespeare}"
-    line += " --batch_size 8 --num_steps 3"
+    line = (
+        "python train.py configs/111m.yaml --dataset data/shakespeare --batch_size 8 --num_steps 3"
+    )
     small = ["--depth", "1", "--sequence_length", "64", "--eval_batches", "1", "--out_dir", "other"]
     assert "step 3/3" in worked(type_in(clone, line, *small))
 
 
 @pytest.mark.long
 def test_models_larger_than_the_memory(clone, shakespeare):
-    line = f"python train.py configs/1p3b.yaml --dataset {shakespeare} --batch_size 8"
-    line += " --micro_batch_size 1 --sequence_length 512 --num_steps 5 --memory_limit 6GB"
+    line = (
+        "python train.py configs/1p3b.yaml --dataset data/shakespeare --batch_size 8"
+        " --micro_batch_size 1 --sequence_length 512 --num_steps 5 --memory_limit 6GB"
+    )
     small = ["--width", "64", "--depth", "2", "--eval_batches", "1", "--out_dir", "streamed"]
     small += ["--engine", "streaming", "--stream_to", "disk", "--num_steps", "1"]
     assert "step 1/1" in worked(type_in(clone, line, *small))
@@ -125,10 +132,17 @@ def test_many_systems(clone, shakespeare):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", ["13b", "70b", "175b"])
-def test_models_beyond_this_machine(clone, size):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python train.py configs/13b.yaml",
+        "python train.py configs/70b.yaml",
+        "python train.py configs/175b.yaml",
+    ],
+)
+def test_models_beyond_this_machine(clone, line):
     more = ["--memory_limit", "2GB", "--out_dir", "fresh"]
-    refused(type_in(clone, f"python train.py configs/{size}.yaml", *more), "does not fit")
+    refused(type_in(clone, line, *more), "does not fit")
 
 
 def test_commands_that_this_machine_refuses(clone):

@@ -1,0 +1,73 @@
+"""The README and the pages of docs/: links lead somewhere, commands are typed by a test or name the
+hardware they need, and what is made from the code is up to date."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+import reference
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/**/*.md")]
+TESTS = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+TESTS = re.sub(r"""["']\n\s*["']""", "", TESTS)  # strings of several parts
+PARTS = re.search(r"parts=\((\w.*)\)", (ROOT / ".ci/run").read_text())[1].split()
+MARK = "# needs "  # hardware or a network that no test has
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{link} is not there"
+        assert not anchor or anchor in anchors(target), f"{link} is no heading"
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of its bash blocks; one that is continued is one."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return [line for b in blocks for line in re.sub(r"\\\n\s*", "", b).splitlines() if line.strip()]
+
+
+def test_commands_of_the_readme_are_typed_by_a_test_or_name_what_they_need():
+    found = commands(ROOT / "README.md")
+    assert len(found) > 30
+    for command in found:
+        line = command.split("  #")[0].strip()
+        run_by_ci = line.startswith("make ") and line.split()[1] in PARTS
+        typed = re.search(rf"""["'\\n]{re.escape(line)}["'\\]""", TESTS)
+        assert MARK in command or run_by_ci or typed, f"no test types: {line}"
+
+
+def test_the_reference_has_every_key_as_it_is():
+    assert reference.PAGE.read_text() == reference.reference(), "run python docs/reference.py"
+
+
+def test_pictures_have_their_data():
+    """Each picture of a page is made by docs/pictures.py, or is the demo's own."""
+    source = (ROOT / "docs/pictures.py").read_text()
+    for picture in ROOT.glob("docs/*.png"):
+        assert picture.name == "demo.png" or f'"{picture.name}"' in source
+        assert any(picture.name in page.read_text() for page in PAGES), f"{picture} is not shown"
+    for name in re.findall(r'lines\("([\w.]+)"\)', source):
+        assert (ROOT / "docs" / name).is_file()
+
+
+def test_the_readme_counts_the_lines_that_there_are():
+    sys.path.insert(0, str(ROOT / "bench"))
+    from loc import CORE, code_lines
+
+    core = sum(code_lines(ROOT / name) for name in CORE)
+    assert f"| Python, these six | 6 | 142 | 155 | {core:,} |" in (ROOT / "README.md").read_text()
