@@ -36,14 +36,6 @@ def test_sides_train_the_same_shape(tmp_path):
         assert name == "resident" or side["lowest"] <= side["ratio"] * 1.01, name
 
 
-def test_the_picture_shows_every_side(tmp_path):
-    line = {"parameters": 1000, "roof": 1e9, "sides": {"resident": {"tokens_per_second": 5.0}}}
-    more = {"parameters": 2000, "roof": 1e9, "sides": {"peer": {"error": "it failed"}}}
-    (tmp_path / "lines").write_text(f"{json.dumps(line)}\n{json.dumps(more)}\n")
-    worked(bench("bench/picture.py", tmp_path / "lines", tmp_path / "picture.png"))
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.long
 def test_a_side_that_fails_says_why(tmp_path):
     shape = ["--width", 64, "--depth", 1, "--vocab_size", 257, "--sequence_length", 64]
