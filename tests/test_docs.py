@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,11 @@ def test_the_readme_counts_the_lines_that_there_are():
 
     core = sum(code_lines(ROOT / name) for name in CORE)
     assert f"| Python, these six | 6 | 142 | 155 | {core:,} |" in (ROOT / "README.md").read_text()
+
+
+def test_uv_installs_what_pip_installs():
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    locked = {package["name"]: package.get("version") for package in packages}
+    for line in (ROOT / "requirements.txt").read_text().splitlines()[1:]:
+        name, _, version = line.partition("==")
+        assert locked[name.lower().replace("_", "-")] == version, f"{name}: run uv lock"

@@ -150,6 +150,19 @@ def test_every_engine_writes_the_same_samples(run, config, samples, flags):
     assert records(config.out, "samples") == samples
 
 
+def test_tensorboard_has_the_configuration_and_the_samples(config, samples):
+    events = EventAccumulator(str(config.out / "first/tensorboard"))
+    events.Reload()
+    texts = {
+        tag: [e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")]
+        for tag in ("configuration", "sample_0", "sample_1")
+    }
+    assert "    engine: resident\n" in texts["configuration"][0]
+    assert [texts["sample_0"], texts["sample_1"]] == [
+        [record["samples"][number] for record in samples] for number in range(2)
+    ]
+
+
 def test_samples_change_no_figure(run, config, samples):
     run("train", config.path, "--eval_steps", 3)
     for key in ("loss", "val_loss"):
