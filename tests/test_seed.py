@@ -98,6 +98,7 @@ def test_in_the_order_of_the_readme(clone, tmp_path):
 def test_another_dataset(clone, shakespeare):
     line = (
         "python train.py configs/111m.yaml --dataset data/shakespeare --batch_size 8 --num_steps 3"
+        " --out_dir trial"
     )
     small = ["--depth", "1", "--sequence_length", "64", "--eval_batches", "1", "--out_dir", "other"]
     assert "step 3/3" in worked(type_in(clone, line, *small))
@@ -108,6 +109,7 @@ def test_models_larger_than_the_memory(clone, shakespeare):
     line = (
         "python train.py configs/1p3b.yaml --dataset data/shakespeare --batch_size 8"
         " --micro_batch_size 1 --sequence_length 512 --num_steps 5 --memory_limit 6GB"
+        " --out_dir large"
     )
     small = ["--width", "64", "--depth", "2", "--eval_batches", "1", "--out_dir", "streamed"]
     small += ["--engine", "streaming", "--stream_to", "disk", "--num_steps", "1"]
