@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
-from loss import aligned_linear
+from loss import aligned_linear, cross_entropy_in_cache
 from model import GPT, IGNORE
 from runtime.checkpoint import KINDS
 
@@ -274,6 +274,8 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
     if config.activation_checkpointing is True and config.engine != "resident":
         for block in model.decoder:
             block.forward = recomputed(block.forward)
+    if (config.backend, config.precision, config.compile) == ("CPU", "bf16", False):
+        model.cross_entropy = cross_entropy_in_cache
     if config.compile is True:
         options = {"fallback_random": True}  # the same dropout masks as without
         for block in model.decoder:

@@ -26,7 +26,8 @@ LOGIT_BYTES = {
     ("CPU", "fp32"): 29,
     ("CPU", "bf16"): 24,
 }
-CHUNKED_LOGIT_BYTES = 8  # itself and its gradient in one place, and one in fp32 (loss.py)
+# Itself and its gradient in one place, and one in fp32, which on a CPU is of a few rows (loss.py)
+CHUNKED_LOGIT_BYTES, CACHED_LOGIT_BYTES = 8, 4
 # glibc's heap fragments: multiply temporary memory by this, with and without resharding
 FRAGMENTATION = {True: 2.0, False: 1.2}
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
@@ -188,7 +189,9 @@ def head_bytes(config: Configuration, training: bool = True) -> int:
     size = config.micro_batch_size or config.batch_size  # the cerebras engine on a CPU
     rows, each = config.sequence_length * size, None
     if config.engine != "cerebras" and rows >= loss_rows(config):
-        rows, each = loss_rows(config), CHUNKED_LOGIT_BYTES if training else None
+        cached = (config.backend, config.precision) == ("CPU", "bf16")
+        chunked = CACHED_LOGIT_BYTES if cached else CHUNKED_LOGIT_BYTES
+        rows, each = loss_rows(config), chunked if training else None
     logits = (each or LOGIT_BYTES[config.backend, config.precision]) * rows * config.vocab_size
     return logits + (3 * 4 * config.vocab_size * config.width if training else 0)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import aligned_linear
+from loss import aligned_linear, cross_entropy, cross_entropy_in_cache
 from model import GPT, IGNORE, GPTConfig
 from planner.costs import count
 
@@ -122,6 +122,18 @@ def test_loss_in_chunks(rows, monkeypatch):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
     with torch.no_grad():
         assert chunked(ids, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("cached", [1, 300, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_in_cache(cached, dtype, monkeypatch):
+    monkeypatch.setattr("loss.CACHED", cached)
+    logits, targets = torch.randn(50, 101, dtype=dtype), torch.arange(50)
+    targets[7:9] = IGNORE
+    expected, gradient = cross_entropy(logits.clone(), targets)
+    found, same = cross_entropy_in_cache(logits, targets)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert same is logits and torch.equal(same, gradient)
 
 
 def test_dropout_masks_are_a_function_of_the_seed():

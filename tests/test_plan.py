@@ -331,7 +331,7 @@ def test_bad_arguments(run, config):
 )
 def test_memory_is_what_was_planned(tmp_path, keys):
     """Within 15%, in processes of their own; bench/streaming.py plan shows larger models."""
-    tries = 3 if keys["engine"] == "resident" else 1  # whose heap is a matter of luck
+    tries = 3 if keys["engine"] == "resident" else 1  # whose heap may be lucky, and smaller
     keys |= {"width": 512, "depth": 4, "heads": 8, "sequence_length": 1024, "batch_size": 2}
     command = [sys.executable, "bench/streaming.py", "one", "--keys", json.dumps(keys)]
     measured = []
@@ -340,4 +340,4 @@ def test_memory_is_what_was_planned(tmp_path, keys):
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
         measured.append(told["measured"]["bytes"])
-    assert sorted(measured)[tries // 2] == pytest.approx(told["planned"]["bytes"], rel=0.15)
+    assert max(measured) == pytest.approx(told["planned"]["bytes"], rel=0.15)
