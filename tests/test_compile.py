@@ -27,7 +27,8 @@ def loss_in_chunks(monkeypatch):
     monkeypatch.setattr(base, "LOSS_ROWS", {"CPU": 16})
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.3])
+@pytest.mark.long
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_compiled_blocks_equal_eager_ones(dataset, tmp_path, dropout):
     """Dropout's masks too, so that a recomputed block draws those of its forward pass."""
     same = {"depth": 3, "dropout": dropout, "micro_batch_size": 2}

@@ -46,6 +46,7 @@ def type_in(clone: Path, line: str, *more: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_in_the_order_of_the_readme(clone, tmp_path):
     words = [
         random.Random(1).choice(["the", "a", "of", "to", "sea", "ship", "king"]) for _ in range(200)

@@ -373,6 +373,7 @@ def launched(config, each: list[list], **environment: object) -> list[SimpleName
     return [end(process) for process in processes]
 
 
+@pytest.mark.long
 def test_a_launcher_is_joined(run, config, tmp_path):
     assert run("train", config.path, "--out_dir", tmp_path / "one").status == 0
     first, second = launched(config, [["--num_systems", 2]] * 2)
@@ -394,6 +395,7 @@ def test_systems_that_disagree(config, what):
     assert (second.status, second.err) == (1, "")
 
 
+@pytest.mark.long
 def test_a_dataset_that_one_system_lacks(config, tmp_path):
     """In folders of their own, as nodes have: relative paths lead each to another place."""
     folders = [cloned(tmp_path / name) for name in ("a", "b")]
