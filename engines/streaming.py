@@ -413,7 +413,7 @@ class StreamingEngine(Engine):
 
     def last_logits(self, texts: list[Tensor], places: list[int]) -> list[Tensor]:
         outputs = self._outputs([MicroBatch(ids, ids, 0) for ids in texts])
-        return [self.model.head(x[0, place]) for x, place in zip(outputs, places, strict=True)]
+        return [self.model.head(x[:, place])[0] for x, place in zip(outputs, places, strict=True)]
 
     def _outputs(self, parts: list[MicroBatch]) -> Iterator[Tensor]:
         """The last block's output for each micro-batch, while the head is on the device."""
