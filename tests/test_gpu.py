@@ -68,6 +68,16 @@ STREAMED = [
 ]
 
 
+@pytest.mark.parametrize("keys", [{}, STREAMED[0]])
+def test_the_logits_of_texts_equal_the_cpu_s(dataset, tmp_path, keys):
+    texts = [torch.arange(5), torch.arange(9)]
+    streamed = {"engine": "streaming", "activation_location": "device", "stream_batch_size": 4}
+    more = {"out_dir": str(tmp_path)} | (streamed if keys else {}) | keys
+    sides = ({"backend": "CPU"}, {"backend": "GPU", **more})
+    cpu, gpu = (train(engine_config(**side), dataset, 1)[1].next_logits(texts) for side in sides)
+    torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("keys", STREAMED)
 def test_streaming_equals_resident(dataset, tmp_path, monkeypatch, keys):
     """Many small chunks, so that copies in both directions and updates overlap."""

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from races import ENGINES, Detector, Watch, watched
 from test_gpu import STREAMED
 from test_streaming import equal_runs, streaming_config
@@ -35,7 +36,7 @@ def small_pieces(monkeypatch):
 
 
 def run(detector: Detector, keys: dict, dataset: Path, out: Path, steps: int = 3) -> list:
-    """Steps, an evaluation and what is saved, then more steps."""
+    """Steps, an evaluation, texts and what is saved, then more steps."""
     with pytest.MonkeyPatch.context() as patch, Watch(detector):
         watched(detector, patch)
         config = streaming_config(out, **{"depth": 4, "precision": "bf16", **keys})
@@ -45,6 +46,7 @@ def run(detector: Detector, keys: dict, dataset: Path, out: Path, steps: int = 3
         try:
             stats = list(engine.run(batches, 0, steps - 1, quiet))
             engine.evaluate(EvalData(dataset, config.vocab_size, 32, 4), 4)
+            engine.next_logits([torch.arange(5), torch.arange(9)])
             for _ in engine.state():
                 pass
             stats += engine.run(batches, steps - 1, steps, quiet)
