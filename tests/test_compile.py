@@ -68,7 +68,10 @@ def graphs(dataset, out, backend: str, case: dict) -> dict[tuple[int, int], int]
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.long] if "recomputing" in c else []) for c in CASES],
+)
 def test_graphs_in_bf16(dataset, tmp_path, case):
     """As many graphs with 2 blocks as with 6, after step 1 as after step 5."""
     found = graphs(dataset, tmp_path, "CPU", CASES[case])

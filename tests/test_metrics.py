@@ -140,7 +140,7 @@ def samples(run, config) -> list[dict]:
     [
         ("--engine", "streaming", "--stream_to", "ram"),
         ("--engine", "streaming", "--stream_to", "disk"),
-        ("--num_systems", 2),
+        pytest.param(("--num_systems", 2), marks=pytest.mark.long),
     ],
 )
 def test_every_engine_writes_the_same_samples(run, config, samples, flags):
@@ -196,7 +196,7 @@ def test_a_prompt_that_can_not_be_encoded_is_refused_before_the_training(run, co
     assert seen.err.startswith("error: the prompt 'Z9' has a character that the vocabulary lacks")
 
 
-@pytest.mark.parametrize("flags", [(), ("--num_systems", 2)])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--num_systems", 2), marks=pytest.mark.long)])
 def test_a_trace_of_some_steps(run, config, flags):
     seen = run("train", config.path, "--profile", "2:4", *flags)
     assert seen.status == 0, seen.err

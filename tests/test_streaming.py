@@ -442,6 +442,7 @@ MODEL = (
 )
 
 
+@pytest.mark.long
 def test_a_changed_model_trains_in_every_engine(config, tmp_path):
     """model.py alone changes, as the README shows; no engine is touched."""
     clone = cloned(tmp_path / "clone")
