@@ -216,6 +216,13 @@ def test_a_profile_beyond_the_run_is_refused(run, config, value):
     assert seen.err == f"error: profile: '{value}' {message}\n"
 
 
+@pytest.mark.parametrize("key, value", [("sample_prompts", "[a]"), ("profile", "1:2")])
+def test_what_the_cerebras_engine_has_not(run, config, key, value):
+    seen = run("train", config.path, "--engine", "cerebras", f"--{key}", value)
+    assert (seen.status, seen.out) == (1, "")
+    assert seen.err == f"error: {key}: the cerebras engine has none; remove it\n"
+
+
 def test_a_profile_of_steps_that_are_done(run, config):
     stop_at_3(run, config)
     seen = run("train", config.path, "--checkpoint_path", "latest", "--profile", "2:5")
