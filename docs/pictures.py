@@ -94,7 +94,7 @@ def start_of_111m() -> None:
     axes = new_axes()
     axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], "o-", color=OURS)
     axes.set(xlabel="step of 120 × 2,048 tokens", ylabel="loss (nats a token)")
-    axes.set_title("", loc="left")
+    axes.set_xticks([r["step"] for r in steps])
     draw(axes, "111m.png", f"The first {len(steps)} steps of configs/111m.yaml, on two cores")
 
 
