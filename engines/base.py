@@ -261,6 +261,12 @@ def loss_rows(config: Configuration) -> int:
     return min(rows, max(1, rows * USUAL_VOCABULARY // config.vocab_size))
 
 
+def has_loss_in_cache(config: Configuration) -> bool:
+    """Whether the loss takes a few rows of the logits at a time."""
+    on_cpu = (config.backend, config.precision) == ("CPU", "bf16")
+    return on_cpu and config.compile is not True  # which fuses what is done with all rows
+
+
 def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:
     """Sets what makes a placed model faster on its device; `compile`: the blocks share one
     compilation, and the loss has another."""
@@ -274,7 +280,7 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
     if config.activation_checkpointing is True and config.engine != "resident":
         for block in model.decoder:
             block.forward = recomputed(block.forward)
-    if (config.backend, config.precision, config.compile) == ("CPU", "bf16", False):
+    if has_loss_in_cache(config):
         model.cross_entropy = cross_entropy_in_cache
     if config.compile is True:
         options = {"fallback_random": True}  # the same dropout masks as without

@@ -15,6 +15,7 @@ from runtime.checkpoint import Checkpoint, open_newest
 from runtime.console import UserError, warn
 from runtime.families import NotInTransformers
 from runtime.huggingface import assign, check_same, load_model, load_tokenizer, not_loaded
+from runtime.samples import draw
 
 
 def open_source(checkpoint_path: str | None, init_from: str | None, out_dir: Path) -> tuple:
@@ -96,10 +97,8 @@ def generate_plain(
     """With model.py, from as many of the last tokens as it has positions."""
     ids = ids.to(model.norm.weight.device)
     for _ in range(max_new_tokens):
-        logits = model(ids[:, -model.config.max_position_embeddings :])[0, -1].float()
-        top, tokens = logits.topk(min(top_k, len(logits)) if temperature > 0 else 1)
-        drawn = (top / (temperature or 1)).softmax(0).multinomial(1)
-        ids = torch.cat([ids, tokens[drawn][None]], dim=1)
+        logits = model(ids[:, -model.config.max_position_embeddings :])[:, -1].float()
+        ids = torch.cat([ids, draw(logits, temperature, top_k)], dim=1)
         if ids[0, -1] == end:
             break
     return ids

@@ -35,7 +35,8 @@ def profiled(
         if step == last:
             trace.stop()
             path = Path(config.out_dir) / f"trace_{first}-{last}_rank{rank}.json"
-            with optional("the trace"), replacing(path) as writing:
-                trace.export_chrome_trace(str(writing))
-            log(f"wrote {path}")
+            with optional("the trace"):
+                with replacing(path) as writing:
+                    trace.export_chrome_trace(str(writing))
+                log(f"wrote {path}")
         yield stats

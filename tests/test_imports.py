@@ -15,7 +15,7 @@ LADDER = [  # the ground first
     *("planner.measure", "planner.machine", "planner.costs", "planner.search", "planner.report"),
     *("planner.resolve", "runtime.launch", "runtime.distributed", "runtime.tracking"),
     *("runtime.metrics", "runtime.profiling", "runtime.families", "runtime.huggingface"),
-    *("runtime.generation", "runtime.card", "runtime.samples", "runtime.resume"),
+    *("runtime.samples", "runtime.generation", "runtime.card", "runtime.resume"),
 ]
 COMMANDS = ["train", "eval", "sample", "export", "plan"]
 PACKAGES = ("runtime", "planner", "engines", "data")
