@@ -3,12 +3,12 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE = -100  # a target that is not counted: the padding of the last evaluation window
 ALIGNMENT = 64  # numbers: 128 bytes in bf16
 CACHED = 2**19  # numbers in fp32 for each core, 2 MB
+COLUMNS = 4096  # tokens whose rows of the table's gradient are computed at a time
 
 
 def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -24,11 +24,14 @@ def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the losses, fp32, and its gradient, which takes the place of the logits: PyTorch's
     own would have three more tensors of that size."""
-    p = logits.float()
-    torch.log_softmax(p, -1, out=p)
-    loss = F.nll_loss(p, targets, ignore_index=IGNORE, reduction="sum")
-    p.exp_()[torch.arange(len(p), device=p.device), targets.clamp(min=0)] -= 1
-    return loss, logits.copy_(p).mul_((targets != IGNORE)[:, None])
+    p, counted = logits.float(), (targets != IGNORE)[:, None]
+    places = targets.clamp(min=0)[:, None]
+    top = p.amax(-1, keepdim=True)
+    right = p.gather(1, places) - top
+    total = p.sub_(top).exp_().sum(-1, keepdim=True)
+    loss = torch.where(counted, total.log() - right, 0).sum()
+    p.mul_(counted / total).scatter_add_(1, places, -counted.float())
+    return loss, logits.copy_(p)
 
 
 def cross_entropy_in_cache(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,27 +47,31 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, model: nn.Module, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
+        """weights: the table (vocab_size, width) that makes the logits, and the last norm's."""
+        table, *norm = weights
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x)
-        sums = [None] * len(weights)
+        table_grad = torch.zeros_like(table, dtype=torch.float32)
+        norm_grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in norm]
         for begin in range(0, len(x), model.loss_rows):
             rows = slice(begin, begin + model.loss_rows)
             with torch.enable_grad():
                 chunk = x[rows].detach().requires_grad_()
-                logits = model.head(chunk)
-            loss, grad = model.cross_entropy(logits.detach(), targets[rows])
-            inputs = (chunk, *weights)
-            x_grad[rows], *grads = torch.autograd.grad(logits, inputs, grad, allow_unused=True)
+                y = model.norm(chunk)
+            logits = model.head_linear(y.detach(), table)
+            loss, grad = model.cross_entropy(logits, targets[rows])
             total += loss
-            for i, grad in enumerate(grads):
-                if grad is not None:
-                    sums[i] = grad.float() if sums[i] is None else sums[i].add_(grad)
-            del logits, grad, grads  # before the next chunk's
-        ctx.grads = (x_grad, *sums)
+            x_grad[rows], *grads = torch.autograd.grad(y, (chunk, *norm), grad @ table)
+            torch._foreach_add_(norm_grads, grads)
+            for part in range(0, len(table), COLUMNS):  # whose sums are made while they are cached
+                columns = slice(part, part + COLUMNS)
+                table_grad[columns] += grad[:, columns].T @ y.detach()
+            del logits, grad  # before the next chunk's
+        ctx.grads = (x_grad, table_grad, *norm_grads)
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor):
         grads, ctx.grads = ctx.grads, None
-        x_grad, *sums = (grad if grad is None else grad.mul_(scale) for grad in grads)
+        x_grad, *sums = (grad.mul_(scale) for grad in grads)
         return None, x_grad, None, *sums

@@ -122,6 +122,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention; a group of heads may share keys and values."""
 
+    attend = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.kv_heads = config, config.kv_heads or config.heads
@@ -141,7 +143,7 @@ class Attention(nn.Module):
         group = (-1, -1, config.heads // self.kv_heads, -1, -1)
         k, v = (part.unsqueeze(2).expand(group).flatten(1, 2) for part in (k, v))
         dropout = config.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = self.attend(q, k, v, is_causal=True, dropout_p=dropout)
         y = self.proj(y.transpose(1, 2).reshape(batch, length, width))
         return F.dropout(y, config.dropout, self.training)
 
@@ -185,6 +187,8 @@ class Block(nn.Module):
 class Embedding(nn.Module):
     """Tokens, and their positions where these are learned."""
 
+    sparse_grad = False  # whether the gradient of tokens has the rows alone that were looked up
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.width)
@@ -192,8 +196,10 @@ class Embedding(nn.Module):
             self.positions = nn.Embedding(config.max_position_embeddings, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
+        weight = self.tokens.weight
         # float() for the sake of its gradient: a CPU sums a bf16 one in bf16, as in Norm
-        x = F.embedding(ids, self.tokens.weight.float()).to(self.tokens.weight.dtype)
+        table = weight if self.sparse_grad else weight.float()
+        x = F.embedding(ids, table, sparse=self.sparse_grad).to(weight.dtype)
         return x + self.positions.weight[: ids.shape[1]] if hasattr(self, "positions") else x
 
 
@@ -254,18 +260,20 @@ class GPT(nn.Module):
         return F.dropout(self.embedding(ids), self.config.dropout, self.training)
 
     def head(self, x: Tensor) -> Tensor:
-        """(..., width) -> logits (..., vocab_size). `loss` overwrites them with their gradient: the
-        last operation must not be one whose own gradient needs its result, such as a tanh."""
-        weights = self.embedding.tokens if self.config.tied_head else self.lm_head
-        return self.head_linear(self.norm(x), weights.weight)
+        """(..., width) -> logits (..., vocab_size). ChunkedLoss takes their gradient by hand."""
+        return self.head_linear(self.norm(x), self.table)
+
+    @property
+    def table(self) -> nn.Parameter:
+        """(vocab_size, width): what the logits are made with."""
+        return (self.embedding.tokens if self.config.tied_head else self.lm_head).weight
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The last block's output (batch, length, width), targets (batch, length) -> the sum, not
         the mean, of the cross-entropies in nats, fp32; targets equal to IGNORE are not counted."""
         x, targets = x.flatten(0, 1), targets.flatten()
         if len(x) >= self.loss_rows and torch.is_grad_enabled():
-            weights = [p for layer in self.head_layers().values() for p in layer.parameters()]
-            return ChunkedLoss.apply(self, x, targets, *weights)
+            return ChunkedLoss.apply(self, x, targets, self.table, *self.norm.parameters())
         chunks = zip(x.split(self.loss_rows), targets.split(self.loss_rows), strict=True)
         kind = {"ignore_index": IGNORE, "reduction": "sum"}
         losses = [F.cross_entropy(self.head(x).float(), y, **kind) for x, y in chunks]

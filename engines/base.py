@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import block_attention
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
@@ -267,6 +268,15 @@ def has_loss_in_cache(config: Configuration) -> bool:
     return on_cpu and config.compile is not True  # which fuses what is done with all rows
 
 
+def has_block_attention(config: Configuration) -> bool:
+    """Where that is faster than PyTorch's attention, which uses AMX, and which dropout needs."""
+    return (
+        (config.backend, config.precision, config.dropout) == ("CPU", "bf16", 0)
+        and config.compile is not True
+        and not torch.cpu.get_capabilities().get("amx_bf16", False)
+    )
+
+
 def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:
     """Sets what makes a placed model faster on its device; `compile`: the blocks share one
     compilation, and the loss has another."""
@@ -274,8 +284,14 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
     if config.backend == "GPU":
         model.head_linear = aligned_linear
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    if has_block_attention(config):
+        for block in model.decoder:
+            block.attn.attend = block_attention
     if not training:  # an evaluation is over too soon to compile
         return
+    # only where a dense gradient is there to add it to: the table's other one, or a layer's array
+    dense = config.tied_head or config.engine == "streaming"
+    model.embedding.sparse_grad = dense and config.backend == "CPU"  # a GPU adds in any order
     # not block.compile(), which FSDP's hooks have Dynamo skip; each wraps the one before it
     if config.activation_checkpointing is True and config.engine != "resident":
         for block in model.decoder:
