@@ -57,9 +57,10 @@ def spike_limits(recent: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(losses), float(norms)
 
 
-def clip_factor(config: Configuration, norm: Tensor) -> Tensor:
-    """What a gradient of this global norm is multiplied with, fp32."""
-    return (config.max_gradient_norm / (norm + 1e-6)).clamp(max=1.0).float()
+def clip_divisor(config: Configuration, norm: Tensor) -> Tensor:
+    """What clipping divides a gradient of this global norm by, fp32. AdamW does so in its own pass,
+    as if it were the scale of a loss (`grad_scale`)."""
+    return ((norm + 1e-6) / config.max_gradient_norm).clamp(min=1.0).float()
 
 
 def square_sum(tensors: list[Tensor]) -> Tensor:
@@ -102,15 +103,13 @@ class Update:
 
     config: Configuration
     learning_rate: float
-    clip: float  # factor for the gradient
+    clip: float  # divisor of the gradient
     number: int  # of optimizer steps, this one included
 
     @torch.no_grad()
     def apply(self, state: Tensor, decaying: int) -> None:
         """state: (weight, first moment, second moment, gradient) × numbers, fp32, changed in place;
         weight decay applies to the numbers before `decaying`."""
-        if self.clip < 1.0:
-            state[3].mul_(self.clip)
         decaying = max(0, min(decaying, state.shape[1]))
         pieces = (
             (state[:, :decaying], self.config.weight_decay),
@@ -122,6 +121,7 @@ class Update:
                 *(weight, gradient, exp_avg, exp_avg_sq, []),
                 [torch.full((), self.number - 1.0, device=state.device)],
                 fused=True,
+                grad_scale=torch.full((), self.clip, device=state.device),
                 amsgrad=False,
                 beta1=BETAS[0],
                 beta2=BETAS[1],

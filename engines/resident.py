@@ -8,7 +8,7 @@ from torch import Tensor
 from configuration import Configuration
 from dataset import Batch
 from engines.base import Engine, Limits, Report, hidden_gradients, micro_batches, prepare_compute
-from engines.optimizer import clip_factor, is_applied, make_optimizer, square_sum
+from engines.optimizer import clip_divisor, is_applied, make_optimizer, square_sum
 from model import derive_seed
 
 
@@ -43,11 +43,11 @@ class ResidentEngine(Engine):
         loss /= batch.targets.size
         gradients = [parameter.grad for parameter in self.model.parameters()]
         norm = square_sum(gradients).sqrt()
-        torch._foreach_mul_(gradients, clip_factor(config, norm))
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
             weight.grad = gradient
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.optimizer.grad_scale = clip_divisor(config, norm)
         # 1: the optimizer changes nothing. The device decides, and the host waits for it only once
         self.optimizer.found_inf = (~is_applied(loss, norm, limits)).float()
         self.optimizer.step()

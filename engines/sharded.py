@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from configuration import Configuration
 from dataset import Batch, EvalData
 from engines.base import Engine, Limits, Report, Watch, micro_batches, prepare_compute
-from engines.optimizer import clip_factor, is_applied, make_optimizer, square_sum
+from engines.optimizer import clip_divisor, is_applied, make_optimizer, square_sum
 from model import IGNORE, derive_seed
 
 
@@ -102,8 +102,8 @@ class ShardedEngine(Engine):
         dist.all_reduce(sums, group=self.group)
         loss, norm = sums[0].item(), sums[1].sqrt().item()
         if is_applied(loss, norm, limits):
-            clip = clip_factor(self.config, torch.tensor(norm, dtype=torch.float64)).item()
-            torch._foreach_mul_([weight.grad for weight in self.weights.values()], clip)
+            clip = clip_divisor(self.config, torch.tensor(norm, dtype=torch.float64))
+            self.optimizer.grad_scale = clip.to("cpu" if self.config.offload else self.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()

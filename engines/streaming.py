@@ -30,7 +30,7 @@ from configuration import Configuration
 from dataset import Batch
 from engines.base import Engine, Limits, Report, micro_batches, prepare_compute
 from engines.buffers import AHEAD, Array, HostActivations, Staging, is_separate, record
-from engines.optimizer import Update, clip_factor, decays, is_applied, square_sum
+from engines.optimizer import Update, clip_divisor, decays, is_applied, square_sum
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
 from model import derive_seed
 from runtime.checkpoint import KINDS
@@ -273,7 +273,7 @@ class StreamingEngine(Engine):
         loss, norm = self._accumulate(batch, step, progress)
         if is_applied(loss, norm, limits):
             self.optimizer_steps += 1
-            clip = clip_factor(self.config, torch.tensor(norm, dtype=torch.float64)).item()
+            clip = clip_divisor(self.config, torch.tensor(norm, dtype=torch.float64)).item()
             self.update = Update(self.config, rate, clip, self.optimizer_steps)
             self.stale = set(self.modules)
         for layer in chain(*self.first):  # for the next step
