@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from peers import SIDES, Task
 
 from configuration import Configuration
+from engines.base import has_units
 from planner.costs import count
-from planner.machine import has_bf16_units
 from runtime.console import UserError, command
 from runtime.tokens import write_meta
 
@@ -164,7 +164,7 @@ def compare(names: list[str], task: Task, rounds: int, peers_python: str | None)
         say(f"{side.log.name}: {seconds:.2f} s")
         return seconds
 
-    precision = "bf16" if task.device == "cuda" or has_bf16_units() else "fp32"
+    precision = "bf16" if task.device == "cuda" or has_units("amx_bf16", "avx512_bf16") else "fp32"
     roof, base = start("roof"), start(names[0])
     base.step()
     for _ in range(1 if names[1:] else rounds):

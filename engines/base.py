@@ -234,6 +234,12 @@ def find_gpu() -> tuple[bool, str]:
     return there, "" if there or not caught else " ".join(str(caught[0].message).split())
 
 
+def has_units(*names: str) -> bool:
+    """Whether this CPU has one of these: amx_bf16, avx512_bf16 (torch 2.4 can't tell: no)."""
+    units = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(units.get(name, False) for name in names)
+
+
 def micro_batches(
     config: Configuration, device: torch.device, batch: Batch
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -268,12 +274,18 @@ def has_loss_in_cache(config: Configuration) -> bool:
     return on_cpu and config.compile is not True  # which fuses what is done with all rows
 
 
+def has_sparse_lookup(config: Configuration) -> bool:
+    """Whether a lookup has a gradient of its rows alone: where there is a dense one to add it to,
+    of the tied head or in a layer's array, and not on a GPU, which adds in any order."""
+    return config.backend == "CPU" and (config.tied_head or config.engine == "streaming")
+
+
 def has_block_attention(config: Configuration) -> bool:
     """Where that is faster than PyTorch's attention, which uses AMX, and which dropout needs."""
     return (
         (config.backend, config.precision, config.dropout) == ("CPU", "bf16", 0)
         and config.compile is not True
-        and not torch.cpu.get_capabilities().get("amx_bf16", False)
+        and not has_units("amx_bf16")
     )
 
 
@@ -289,9 +301,7 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
             block.attn.attend = block_attention
     if not training:  # an evaluation is over too soon to compile
         return
-    # only where a dense gradient is there to add it to: the table's other one, or a layer's array
-    dense = config.tied_head or config.engine == "streaming"
-    model.embedding.sparse_grad = dense and config.backend == "CPU"  # a GPU adds in any order
+    model.embedding.sparse_grad = has_sparse_lookup(config)
     # not block.compile(), which FSDP's hooks have Dynamo skip; each wraps the one before it
     if config.activation_checkpointing is True and config.engine != "resident":
         for block in model.decoder:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import ceil, inf, log2, prod
 
 from configuration import Configuration
-from engines.base import has_loss_in_cache, loss_rows
+from engines.base import has_loss_in_cache, has_sparse_lookup, loss_rows
 from engines.buffers import AHEAD
 from engines.store import BUFFERS, CHUNK
 from planner.machine import Machine
@@ -185,14 +185,15 @@ def boundary_bytes(config: Configuration, sequences: int) -> int:
 
 def head_bytes(config: Configuration, training: bool = True) -> int:
     """The logits of `loss_rows` positions with what their loss needs, and the gradient of the
-    embedding from a chunk, from all chunks, and from the lookup."""
+    embedding from them, and from the lookup that and the table in fp32."""
     size = config.micro_batch_size or config.batch_size  # the cerebras engine on a CPU
     rows, each = config.sequence_length * size, None
     if config.engine != "cerebras" and rows >= loss_rows(config):
         chunked = CACHED_LOGIT_BYTES if has_loss_in_cache(config) else CHUNKED_LOGIT_BYTES
         rows, each = loss_rows(config), chunked if training else None
     logits = (each or LOGIT_BYTES[config.backend, config.precision]) * rows * config.vocab_size
-    return logits + (3 * 4 * config.vocab_size * config.width if training else 0)
+    tables = (1 if has_sparse_lookup(config) else 3) if training else 0
+    return logits + tables * 4 * config.vocab_size * config.width
 
 
 def resident_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
@@ -219,7 +220,8 @@ def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> 
         kept *= heap
     on_host = inputs and config.activation_location == "host"
     on_device = kept + (0 if on_host else inputs)
-    lookup = 4 * config.vocab_size * config.width if number == 2 else 0  # in fp32, in Embedding
+    in_fp32 = number == 2 and not has_sparse_lookup(config)
+    lookup = 4 * config.vocab_size * config.width if in_fp32 else 0
     ends = max(size.embedding, size.head)
     weights = number * max(three, ends + two)  # of a visit and of those two ahead
     phases = [

@@ -159,12 +159,6 @@ def named_machine(name: str, config: Configuration) -> Machine:
     )
 
 
-def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (torch 2.4 can't tell: no)."""
-    units = getattr(torch.cpu, "get_capabilities", dict)()
-    return units.get("amx_bf16", False) or units.get("avx512_bf16", False)
-
-
 def host_memory(config: Configuration | None = None) -> int:
     """Bytes of the machine or its container, whichever has less, without the system's share; or
     what is configured."""

@@ -12,10 +12,10 @@ from math import nan
 import torch
 
 from configuration import Configuration
-from engines.base import find_gpu
+from engines.base import find_gpu, has_units
 from engines.store import remove_abandoned
 from planner.costs import OVERLAP, TIERS, Plan
-from planner.machine import Machine, has_bf16_units, store_folder, this_machine
+from planner.machine import Machine, store_folder, this_machine
 from planner.report import refusal
 from planner.search import engine_plan, engine_plans, first_fitting
 from runtime.console import UserError, short, warn
@@ -216,8 +216,9 @@ def on_cluster(config: Configuration) -> Plan:
 
 
 def faster_precision(config: Configuration, backend: str) -> str:
-    """bf16 where the machine multiplies it in hardware; on a CPU for wide models alone, as narrow
-    ones were faster in fp32 (docs/performance.md)."""
+    """bf16 where the machine multiplies it in hardware; on a CPU not for narrow models, which were
+    faster in fp32 (dev/log.md)."""
     if backend == "GPU":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if config.width >= 512 and has_bf16_units() else "fp32"
+    narrow = config.width < (512 if has_units("amx_bf16") else 64)
+    return "bf16" if has_units("amx_bf16", "avx512_bf16") and not narrow else "fp32"
