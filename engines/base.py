@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import block_attention
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
+from engines.attention import block_attention
 from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
 from loss import aligned_linear, cross_entropy_in_cache
 from model import GPT, IGNORE

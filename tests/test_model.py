@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engines import attention
+from engines.attention import block_attention
 from loss import aligned_linear, cross_entropy, cross_entropy_in_cache
 from model import GPT, IGNORE, GPTConfig
 from planner.costs import count
@@ -85,7 +87,8 @@ def test_causal():
     assert not torch.allclose(a[:, 9:], b[:, 9:])
 
 
-def test_nothing_as_large_as_a_mask_per_head_is_made():
+@pytest.mark.parametrize("ours", [False, True])
+def test_nothing_as_large_as_a_mask_per_head_is_made(ours, monkeypatch):
     """The original built the causal mask as batch × heads × length × length."""
     largest = 0
 
@@ -98,11 +101,56 @@ def test_nothing_as_large_as_a_mask_per_head_is_made():
                     largest = max(largest, tensor.numel())
             return result
 
+    monkeypatch.setattr(attention, "SCORES", 2**16)
     model = small(max_position_embeddings=512)
+    for block in model.decoder if ours else []:
+        block.attn.attend = block_attention
     ids = tokens(2, 512)
     with Watch():
         model(ids, ids).backward()
     assert 0 < largest < 512 * 512
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 16), (1, 4, 50, 32), (3, 2, 7, 8), (1, 1, 1, 8)])
+def test_attention_in_blocks(shape, monkeypatch):
+    """As near to the exact result as PyTorch's, also with scores far beyond bf16's digits."""
+    monkeypatch.setattr(attention, "ROWS", 16)
+    monkeypatch.setattr(attention, "SCORES", 2000)
+    (batch, heads, length, width), dtype = shape, torch.bfloat16
+    qkv = (3 * torch.randn(batch, length, 3, heads, width)).to(dtype)
+    y_grad = torch.randn(batch, length, heads, width).to(dtype).transpose(1, 2)
+
+    def results(attend, dtype):
+        leaf = qkv.to(dtype, copy=True).requires_grad_()
+        y = attend(
+            *(part.transpose(1, 2) for part in leaf.unbind(2)), is_causal=True, dropout_p=0.0
+        )
+        y.backward(y_grad.to(dtype))
+        return y.detach().double(), leaf.grad.double()
+
+    exact = results(F.scaled_dot_product_attention, torch.float64)
+    for theirs, found, right in zip(
+        results(F.scaled_dot_product_attention, dtype),
+        results(block_attention, dtype),
+        exact,
+        strict=True,
+    ):
+        rounding = torch.finfo(dtype).eps * right.norm()
+        assert (found - right).norm() <= max(1.5 * (theirs - right).norm(), rounding)
+
+
+def test_a_lookup_has_the_gradient_of_its_rows():
+    """In bf16 summed in fp32, where 300 equal tokens would be 256."""
+    whole, rows = (small().bfloat16() for _ in range(2))
+    rows.embedding.sparse_grad = True
+    ids, ones = torch.full((6, 50), 5), torch.ones(6, 50, 32, dtype=torch.bfloat16)
+    for model in (whole, rows):
+        model.embedding.tokens.weight.grad_dtype = torch.float32
+        model.embedding(ids).backward(ones)
+    expected = torch.zeros(27, 32).index_fill_(0, torch.tensor([5]), 300)
+    assert rows.embedding.tokens.weight.grad.is_sparse
+    assert torch.equal(rows.embedding.tokens.weight.grad.to_dense(), expected)
+    assert torch.equal(rows.embedding(ids), whole.embedding(ids))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
