@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE = -100  # a target that is not counted: the padding of the last evaluation window
@@ -41,17 +42,32 @@ def cross_entropy_in_cache(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return torch.stack([cross_entropy(*part)[0] for part in parts]).sum(), logits
 
 
+def summed_loss(model: nn.Module, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
+    """`GPT.loss` of x (positions, width) and targets (positions,)."""
+    if len(x) >= model.loss_rows and torch.is_grad_enabled():
+        weights = (model.table, *model.norm.parameters())
+        return ChunkedLoss.apply(model, x, targets, tokens, *weights)
+    chunks = zip(x.split(model.loss_rows), targets.split(model.loss_rows), strict=True)
+    kind = {"ignore_index": IGNORE, "reduction": "sum"}
+    losses = [F.cross_entropy(model.head(x).float(), y, **kind) for x, y in chunks]
+    return torch.stack(losses).sum() / (tokens or 1)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """The loss of `GPT.loss` with the gradients taken chunk by chunk on the way forward, so that
     the logits of one chunk alone exist at any time, once, and nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx, model: nn.Module, x: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx, model: nn.Module, x: Tensor, targets: Tensor, tokens: int, *weights: Tensor
+    ) -> Tensor:
         """weights: the table (vocab_size, width) that makes the logits, and the last norm's."""
         table, *norm = weights
+        ctx.in_place = tokens > 0 and table.grad is not None
+        ctx.share = 1 / (tokens or 1)
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x)
-        table_grad = torch.zeros_like(table, dtype=torch.float32)
+        table_grad = table.grad if ctx.in_place else torch.zeros_like(table, dtype=torch.float32)
         norm_grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in norm]
         for begin in range(0, len(x), model.loss_rows):
             rows = slice(begin, begin + model.loss_rows)
@@ -65,13 +81,15 @@ class ChunkedLoss(torch.autograd.Function):
             torch._foreach_add_(norm_grads, grads)
             for part in range(0, len(table), COLUMNS):  # whose sums are made while they are cached
                 columns = slice(part, part + COLUMNS)
-                table_grad[columns] += grad[:, columns].T @ y.detach()
+                table_grad[columns].add_(grad[:, columns].T @ y.detach(), alpha=ctx.share)
             del logits, grad  # before the next chunk's
-        ctx.grads = (x_grad, table_grad, *norm_grads)
-        return total
+        ctx.grads = (x_grad, *norm_grads)
+        ctx.table_grad = None if ctx.in_place else table_grad
+        return total * ctx.share
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        grads, ctx.grads = ctx.grads, None
-        x_grad, *sums = (grad.mul_(scale) for grad in grads)
-        return None, x_grad, None, *sums
+        (grads, table_grad), ctx.grads, ctx.table_grad = (ctx.grads, ctx.table_grad), None, None
+        x_grad, *norm_grads = (grad.mul_(scale * ctx.share) for grad in grads)
+        table_grad = None if table_grad is None else table_grad.mul_(scale)
+        return None, x_grad, None, None, table_grad, *norm_grads

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loss import IGNORE, ChunkedLoss, cross_entropy
+from loss import cross_entropy, summed_loss
 
 LARGEST = {"depth": 10**4, "vocab_size": 10**9, "max_position_embeddings": 10**9}  # others 10**6
 ROPE_POSITIONS = 8192  # that Llama 3.1 was first trained with
@@ -196,10 +196,9 @@ class Embedding(nn.Module):
             self.positions = nn.Embedding(config.max_position_embeddings, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        weight = self.tokens.weight
+        weight, sparse = self.tokens.weight, self.sparse_grad
         # float() for the sake of its gradient: a CPU sums a bf16 one in bf16, as in Norm
-        table = weight if self.sparse_grad else weight.float()
-        x = F.embedding(ids, table, sparse=self.sparse_grad).to(weight.dtype)
+        x = F.embedding(ids, weight if sparse else weight.float(), sparse=sparse).to(weight.dtype)
         return x + self.positions.weight[: ids.shape[1]] if hasattr(self, "positions") else x
 
 
@@ -268,25 +267,25 @@ class GPT(nn.Module):
         """(vocab_size, width): what the logits are made with."""
         return (self.embedding.tokens if self.config.tied_head else self.lm_head).weight
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, x: Tensor, targets: Tensor, tokens: int = 0) -> Tensor:
         """The last block's output (batch, length, width), targets (batch, length) -> the sum, not
-        the mean, of the cross-entropies in nats, fp32; targets equal to IGNORE are not counted."""
-        x, targets = x.flatten(0, 1), targets.flatten()
-        if len(x) >= self.loss_rows and torch.is_grad_enabled():
-            return ChunkedLoss.apply(self, x, targets, self.table, *self.norm.parameters())
-        chunks = zip(x.split(self.loss_rows), targets.split(self.loss_rows), strict=True)
-        kind = {"ignore_index": IGNORE, "reduction": "sum"}
-        losses = [F.cross_entropy(self.head(x).float(), y, **kind) for x, y in chunks]
-        return torch.stack(losses).sum()
+        the mean, of the cross-entropies in nats, fp32; targets equal to IGNORE are not counted.
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, dropout_seed: int = 0) -> Tensor:
-        """Without targets the logits (batch, length, vocab_size), else the sum of the losses."""
+        With `tokens` the sum is divided by these, and a gradient that the table already has grows
+        at once, not on the way back: who gives them must call backward(), and scale no more.
+        """
+        return summed_loss(self, x.flatten(0, 1), targets.flatten(), tokens)
+
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, dropout_seed: int = 0, tokens: int = 0
+    ) -> Tensor:
+        """Without targets the logits (batch, length, vocab_size), else the loss."""
         self.seed_dropout(dropout_seed, 0)
         x = self.embed(ids)
         for i, block in enumerate(self.decoder):
             self.seed_dropout(dropout_seed, i + 1)
             x = block(x)
-        return self.head(x) if targets is None else self.loss(x, targets)
+        return self.head(x) if targets is None else self.loss(x, targets, tokens)
 
 
 def derive_seed(*parts: object) -> int:

@@ -21,8 +21,8 @@ from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.attention import block_attention
 from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
-from loss import aligned_linear, cross_entropy_in_cache
-from model import GPT, IGNORE
+from loss import IGNORE, aligned_linear, cross_entropy_in_cache
+from model import GPT
 from runtime.checkpoint import KINDS
 
 INIT_BYTES = 4e9  # of layers that are drawn at a time

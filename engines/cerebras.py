@@ -42,7 +42,8 @@ from engines.optimizer import (
     learning_rate,
     parameter_groups,
 )
-from model import GPT, IGNORE, derive_seed
+from loss import IGNORE
+from model import GPT, derive_seed
 from runtime.checkpoint import write_error
 from runtime.console import UserError
 

@@ -35,12 +35,12 @@ class ResidentEngine(Engine):
         config = self.config
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, (ids, targets) in enumerate(micro_batches(config, self.device, batch)):
-            with hidden_gradients(self.model.parameters()):
-                part = self.model(ids, targets, derive_seed(config.seed, step, i))
-            (part / batch.targets.size).backward()
+            with hidden_gradients(self.model.decoder.parameters()):
+                seed = derive_seed(config.seed, step, i)
+                part = self.model(ids, targets, seed, batch.targets.size)
+            part.backward()
             loss += part.detach()
             progress(min(1.0, (i + 1) * config.micro_batch_size / len(batch.ids)))
-        loss /= batch.targets.size
         gradients = [parameter.grad for parameter in self.model.parameters()]
         norm = square_sum(gradients).sqrt()
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):

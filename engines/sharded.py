@@ -21,7 +21,8 @@ from configuration import Configuration
 from dataset import Batch, EvalData
 from engines.base import Engine, Limits, Report, Watch, micro_batches, prepare_compute
 from engines.optimizer import clip_divisor, is_applied, make_optimizer, square_sum
-from model import IGNORE, derive_seed
+from loss import IGNORE
+from model import derive_seed
 
 
 class ShardedEngine(Engine):

@@ -294,7 +294,7 @@ class StreamingEngine(Engine):
             self.streams.current_stream().wait_event(stored)
             squares.append(square)
         self.storing.clear()
-        loss = torch.stack(losses).sum() / batch.targets.size
+        loss = torch.stack(losses).sum()
         return loss.item(), torch.stack(squares).sum().sqrt().item()
 
     def _passes(self, batch: Batch, step: int = 0) -> Iterator[list[MicroBatch]]:
@@ -309,7 +309,7 @@ class StreamingEngine(Engine):
             yield cut[begin : begin + together]
 
     def _pass(self, parts: list[MicroBatch], tokens: int, work: Work) -> Tensor:
-        """Forward and backward; adds to the stored gradients, and returns the sum of the losses."""
+        """Forward and backward; adds to the stored gradients. Returns its part of the loss."""
         forward = [self.embedding, *self.blocks, self.head]
         visits = self._visit([*forward, *reversed(self.blocks), self.embedding])
         next(visits)
@@ -325,8 +325,8 @@ class StreamingEngine(Engine):
         with self._gradients(self.head):
             for i, part in enumerate(parts):
                 x = hidden[i].detach().requires_grad_()
-                losses.append(self.model.loss(x, part.targets))
-                (losses[-1] / tokens).backward()
+                losses.append(self.model.loss(x, part.targets, tokens))
+                losses[-1].backward()
                 losses[-1] = losses[-1].detach().double()
                 hidden[i] = self._keep("gradient", i, x.grad)
         for layer in reversed(range(self.config.depth)):

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines import attention
 from engines.attention import block_attention
-from loss import aligned_linear, cross_entropy, cross_entropy_in_cache
-from model import GPT, IGNORE, GPTConfig
+from loss import IGNORE, aligned_linear, cross_entropy, cross_entropy_in_cache
+from model import GPT, GPTConfig
 from planner.costs import count
 
 
