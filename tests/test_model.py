@@ -172,6 +172,27 @@ def test_loss_in_chunks(rows, monkeypatch):
         assert chunked(ids, targets).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [7, 1000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_of_the_table_is_summed_in_place(rows, tied, monkeypatch):
+    """Over micro-batches, with the tokens of all; without these nothing but backward() adds."""
+    plain, ours = (small(tied_head=tied) for _ in range(2))
+    monkeypatch.setattr(GPT, "loss_rows", rows)
+    for part in range(3):
+        ids, targets = tokens(2, 64).roll(part, 1), tokens(2, 64).roll(part + 1, 1)
+        expected = F.cross_entropy(plain(ids).flatten(0, 1), targets.flatten(), reduction="sum")
+        (expected / 384).backward()
+        loss, place = ours(ids, targets, tokens=384), ours.table.grad
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item() / 384, rel=1e-6)
+        assert place is None or ours.table.grad.data_ptr() == place.data_ptr()
+    before = ours.table.grad.clone()
+    ours(ids, targets)
+    assert torch.equal(ours.table.grad, before)
+    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("cached", [1, 300, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_in_cache(cached, dtype, monkeypatch):
