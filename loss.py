@@ -63,11 +63,10 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         """weights: the table (vocab_size, width) that makes the logits, and the last norm's."""
         table, *norm = weights
-        ctx.in_place = tokens > 0 and table.grad is not None
-        ctx.share = 1 / (tokens or 1)
+        in_place, ctx.share = tokens > 0 and table.grad is not None, 1 / (tokens or 1)
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x)
-        table_grad = table.grad if ctx.in_place else torch.zeros_like(table, dtype=torch.float32)
+        table_grad = table.grad if in_place else torch.zeros_like(table, dtype=torch.float32)
         norm_grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in norm]
         for begin in range(0, len(x), model.loss_rows):
             rows = slice(begin, begin + model.loss_rows)
@@ -83,13 +82,13 @@ class ChunkedLoss(torch.autograd.Function):
                 columns = slice(part, part + COLUMNS)
                 table_grad[columns].add_(grad[:, columns].T @ y.detach(), alpha=ctx.share)
             del logits, grad  # before the next chunk's
-        ctx.grads = (x_grad, *norm_grads)
-        ctx.table_grad = None if ctx.in_place else table_grad
+        ctx.grads = (None if in_place else table_grad, x_grad, *norm_grads)
         return total * ctx.share
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        (grads, table_grad), ctx.grads, ctx.table_grad = (ctx.grads, ctx.table_grad), None, None
+        (table_grad, *grads), ctx.grads = ctx.grads, None
         x_grad, *norm_grads = (grad.mul_(scale * ctx.share) for grad in grads)
-        table_grad = None if table_grad is None else table_grad.mul_(scale)
+        if table_grad is not None:  # its sums have the share
+            table_grad.mul_(scale)
         return None, x_grad, None, None, table_grad, *norm_grads

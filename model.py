@@ -271,8 +271,8 @@ class GPT(nn.Module):
         """The last block's output (batch, length, width), targets (batch, length) -> the sum, not
         the mean, of the cross-entropies in nats, fp32; targets equal to IGNORE are not counted.
 
-        With `tokens` the sum is divided by these, and a gradient that the table already has grows
-        at once, not on the way back: who gives them must call backward(), and scale no more.
+        With `tokens` the sum is divided by them, and if the table has a gradient, its part is added
+        here instead of in backward(). So call backward() once, and do not scale the loss.
         """
         return summed_loss(self, x.flatten(0, 1), targets.flatten(), tokens)
 

@@ -269,9 +269,9 @@ def loss_rows(config: Configuration) -> int:
 
 
 def has_loss_in_cache(config: Configuration) -> bool:
-    """Whether the loss takes a few rows of the logits at a time."""
-    on_cpu = (config.backend, config.precision) == ("CPU", "bf16")
-    return on_cpu and config.compile is not True  # which fuses what is done with all rows
+    """Whether the loss takes a few rows of the logits at a time: torch.compile fuses what is done
+    with all rows."""
+    return _is_bf16_on_cpu(config) and config.compile is not True
 
 
 def has_sparse_lookup(config: Configuration) -> bool:
@@ -281,12 +281,14 @@ def has_sparse_lookup(config: Configuration) -> bool:
 
 
 def has_block_attention(config: Configuration) -> bool:
-    """Where that is faster than PyTorch's attention, which uses AMX, and which dropout needs."""
-    return (
-        (config.backend, config.precision, config.dropout) == ("CPU", "bf16", 0)
-        and config.compile is not True
-        and not has_units("amx_bf16")
-    )
+    """Whether attention is ours, which is faster than PyTorch's without AMX, but has no dropout and
+    can't be compiled."""
+    possible = config.dropout == 0 and config.compile is not True
+    return _is_bf16_on_cpu(config) and possible and not has_units("amx_bf16")
+
+
+def _is_bf16_on_cpu(config: Configuration) -> bool:
+    return (config.backend, config.precision) == ("CPU", "bf16")
 
 
 def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:

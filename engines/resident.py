@@ -35,8 +35,8 @@ class ResidentEngine(Engine):
         config = self.config
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, (ids, targets) in enumerate(micro_batches(config, self.device, batch)):
+            seed = derive_seed(config.seed, step, i)
             with hidden_gradients(self.model.decoder.parameters()):
-                seed = derive_seed(config.seed, step, i)
                 part = self.model(ids, targets, seed, batch.targets.size)
             part.backward()
             loss += part.detach()

@@ -184,8 +184,8 @@ def boundary_bytes(config: Configuration, sequences: int) -> int:
 
 
 def head_bytes(config: Configuration, training: bool = True) -> int:
-    """The logits of `loss_rows` positions with what their loss needs, and the gradient of the
-    embedding from them, and from the lookup that and the table in fp32."""
+    """The logits of `loss_rows` positions with what their loss needs, the table's gradient, and
+    where a lookup is not sparse, its gradient and its copy of the table in fp32."""
     size = config.micro_batch_size or config.batch_size  # the cerebras engine on a CPU
     rows, each = config.sequence_length * size, None
     if config.engine != "cerebras" and rows >= loss_rows(config):

@@ -92,7 +92,7 @@ def test_equals_a_plain_loop(dataset, micro_batch_size):
         assert norm > 0.1
         assert close(got.loss, loss.item(), 1e-6), step
         # clipping within AdamW rounds differently, and Adam passes that on
-        assert close(got.grad_norm, norm.item(), 1e-5), step
+        assert close(got.grad_norm, norm.item(), 5e-6 if micro_batch_size == 4 else 1e-5), step
     assert stats[-1].loss < stats[0].loss - 0.3
     assert engine.optimizer_steps == 20
 
