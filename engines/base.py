@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.attention import block_attention
+from engines.norm import use_narrow_norms
 from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
 from loss import IGNORE, aligned_linear, cross_entropy_in_cache
 from model import GPT
@@ -268,10 +269,10 @@ def loss_rows(config: Configuration) -> int:
     return min(rows, max(1, rows * USUAL_VOCABULARY // config.vocab_size))
 
 
-def has_loss_in_cache(config: Configuration) -> bool:
-    """Whether the loss takes a few rows of the logits at a time: torch.compile fuses what is done
-    with all rows."""
-    return _is_bf16_on_cpu(config) and config.compile is not True
+def has_own_operations(config: Configuration) -> bool:
+    """Whether loss, norms and perhaps attention are ours, made for bf16 on a CPU: torch.compile
+    fuses PyTorch's instead."""
+    return (config.backend, config.precision) == ("CPU", "bf16") and config.compile is not True
 
 
 def has_sparse_lookup(config: Configuration) -> bool:
@@ -281,14 +282,8 @@ def has_sparse_lookup(config: Configuration) -> bool:
 
 
 def has_block_attention(config: Configuration) -> bool:
-    """Whether attention is ours, which is faster than PyTorch's without AMX, but has no dropout and
-    can't be compiled."""
-    possible = config.dropout == 0 and config.compile is not True
-    return _is_bf16_on_cpu(config) and possible and not has_units("amx_bf16")
-
-
-def _is_bf16_on_cpu(config: Configuration) -> bool:
-    return (config.backend, config.precision) == ("CPU", "bf16")
+    """Whether attention is ours, which is faster than PyTorch's without AMX and has no dropout."""
+    return has_own_operations(config) and config.dropout == 0 and not has_units("amx_bf16")
 
 
 def prepare_compute(config: Configuration, model: GPT, training: bool = True) -> None:
@@ -308,8 +303,9 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
     if config.activation_checkpointing is True and config.engine != "resident":
         for block in model.decoder:
             block.forward = recomputed(block.forward)
-    if has_loss_in_cache(config):
+    if has_own_operations(config):
         model.cross_entropy = cross_entropy_in_cache
+        use_narrow_norms(model)
     if config.compile is True:
         options = {"fallback_random": True}  # the same dropout masks as without
         for block in model.decoder:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engines.buffers import Array
+from engines.threads import start_threads
 from runtime.console import UserError
 from runtime.files import locked
 
@@ -140,7 +141,7 @@ class DiskStore(Store):
         self.kinds, self.files = kinds, {}
         # apart: a write waits for the device, and no read should wait with it
         self.readers, self.writers = (
-            ThreadPoolExecutor(THREADS, thread_name_prefix=name) for name in ("read", "write")
+            start_threads(THREADS, name, not pin) for name in ("read", "write")
         )
         self.sums: dict[tuple[str, int, int], int] = {}  # by layer, chunk and kind; zeros have 0
         self.free: SimpleQueue[Tensor | None] = SimpleQueue()

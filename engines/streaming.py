@@ -16,7 +16,7 @@ the compute stream has waited for all who use it. On a CPU streams and events do
 import math
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +32,7 @@ from engines.base import Engine, Limits, Report, micro_batches, prepare_compute
 from engines.buffers import AHEAD, Array, HostActivations, Staging, is_separate, record
 from engines.optimizer import Update, clip_divisor, decays, is_applied, square_sum
 from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
+from engines.threads import start_threads
 from model import derive_seed
 from runtime.checkpoint import KINDS
 from runtime.console import UserError, warn
@@ -115,7 +116,8 @@ class StreamingEngine(Engine):
         numbers = min(self.store.chunk, max(self.store.sizes.values()))
         self.fetched = Staging(numbers, self.store.kinds, self.device)
         self.added = Staging(numbers, 1, self.device)
-        self.fetcher, self.storer = (ThreadPoolExecutor(1, name) for name in ("fetch", "store"))
+        on_cpu = not is_separate(self.device)
+        self.fetcher, self.storer = (start_threads(1, name, on_cpu) for name in ("fetch", "store"))
         self.fetches: dict[str, Future] = {}  # of the layers on the device, or on their way
         # of each layer's gradient, with the event after which it is stored
         self.square_sums: dict[str, Future] = {}

@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import ceil, inf, log2, prod
 
 from configuration import Configuration
-from engines.base import has_loss_in_cache, has_sparse_lookup, loss_rows
+from engines.base import has_own_operations, has_sparse_lookup, loss_rows
 from engines.buffers import AHEAD
 from engines.store import BUFFERS, CHUNK
 from planner.machine import Machine
@@ -189,7 +189,7 @@ def head_bytes(config: Configuration, training: bool = True) -> int:
     size = config.micro_batch_size or config.batch_size  # the cerebras engine on a CPU
     rows, each = config.sequence_length * size, None
     if config.engine != "cerebras" and rows >= loss_rows(config):
-        chunked = CACHED_LOGIT_BYTES if has_loss_in_cache(config) else CHUNKED_LOGIT_BYTES
+        chunked = CACHED_LOGIT_BYTES if has_own_operations(config) else CHUNKED_LOGIT_BYTES
         rows, each = loss_rows(config), chunked if training else None
     logits = (each or LOGIT_BYTES[config.backend, config.precision]) * rows * config.vocab_size
     tables = (1 if has_sparse_lookup(config) else 3) if training else 0

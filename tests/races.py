@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engines import buffers, store, streaming
+from engines import buffers, store, streaming, threads
 
 ENGINES = str(Path(streaming.__file__).parent)
 Clock = dict[str, int]
@@ -354,7 +354,6 @@ def watched(detector: Detector, monkeypatch) -> None:
     monkeypatch.setattr(store.DiskStore, "_move", moved)
     monkeypatch.setattr(store, "SimpleQueue", Queue)
     monkeypatch.setattr(store, "Lock", Mutex)
-    for module in (store, streaming):
-        monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", Pool)
     for module in (buffers, streaming):
         monkeypatch.setattr(module, "is_separate", lambda device: True)

@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines import attention
 from engines.attention import block_attention
+from engines.norm import use_narrow_norms
 from loss import IGNORE, aligned_linear, cross_entropy, cross_entropy_in_cache
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Norm
 from planner.costs import count
 
 
@@ -137,6 +138,35 @@ def test_attention_in_blocks(shape, monkeypatch):
     ):
         rounding = torch.finfo(dtype).eps * right.norm()
         assert (found - right).norm() <= max(1.5 * (theirs - right).norm(), rounding)
+
+
+@pytest.mark.parametrize("keys", [{}, {"bias": False}, {"norm": "rmsnorm"}])
+def test_narrow_norms(keys):
+    """As near to the result in fp32 as the model's own, and nothing but the input is kept."""
+    x, y_grad = (torch.randn(2, 50, 32).bfloat16() for _ in range(2))
+
+    def results(narrow, dtype):
+        norm = Norm(GPTConfig(width=32, depth=1, heads=2, **keys)).to(dtype)
+        leaf, kept = x.to(dtype, copy=True).requires_grad_(), {}
+        with torch.no_grad():
+            for parameter in norm.parameters():
+                parameter.copy_(torch.linspace(-2, 2, 32))
+        if narrow:
+            use_narrow_norms(norm)
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = norm(leaf)
+        y.backward(y_grad.to(dtype))
+        assert not narrow or sum(kept.values()) < 1.5 * x.nbytes
+        return [t.double() for t in (y.detach(), leaf.grad, *(p.grad for p in norm.parameters()))]
+
+    plain, narrow = (results(narrow, torch.bfloat16) for narrow in (False, True))
+    for theirs, found, right in zip(plain, narrow, results(False, torch.float32), strict=True):
+        assert (found - right).norm() <= 1.02 * (theirs - right).norm()
 
 
 def test_a_lookup_has_the_gradient_of_its_rows():

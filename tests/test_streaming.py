@@ -169,6 +169,20 @@ def test_bf16_follows_resident(dataset, tmp_path, activation_checkpointing):
     engine.close()
 
 
+def test_the_threads_beside_compute_are_one_each(tmp_path):
+    """A team of OpenMP's for each would have those of the compute thread sleep at every barrier."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        engine = open_engine(streaming_config(tmp_path, stream_to="disk"))
+        pools = (engine.fetcher, engine.storer, engine.store.readers, engine.store.writers)
+        found = [pool.submit(torch.get_num_threads).result() for pool in pools]
+        engine.close()
+        assert (found, torch.get_num_threads()) == ([1, 1, 1, 1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_starts_equal(dataset, tmp_path):
     """Weights depend on (seed, layer) alone, bit for bit."""
     resident, streaming = (open_engine(c) for c in (engine_config(), streaming_config(tmp_path)))

@@ -33,7 +33,7 @@ def small_pieces(monkeypatch):
     """Several chunks a layer and of logits, as real models have; and what a GPU computes."""
     monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
     monkeypatch.setattr(base, "LOSS_ROWS", {"CPU": 16})
-    for only_on_cpu in ("has_sparse_lookup", "has_block_attention"):
+    for only_on_cpu in ("has_sparse_lookup", "has_own_operations"):
         monkeypatch.setattr(base, only_on_cpu, lambda config: False)
 
 

@@ -1,0 +1,24 @@
+"""Threads that work beside the one that computes."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import torch
+
+
+def start_threads(count: int, name: str, share_cores: bool) -> ThreadPoolExecutor:
+    """Threads with `share_cores` where the CPU computes too: each then runs its operations alone.
+    With OpenMP teams of their own there would be more threads than cores, and OpenMP's threads then
+    sleep at each barrier, which takes a tenth of a step."""
+    if not share_cores:
+        return ThreadPoolExecutor(count, name)
+    before, all_started = torch.get_num_threads(), Barrier(count)
+    threads = ThreadPoolExecutor(count, name, _run_alone)
+    list(threads.map(lambda _: all_started.wait(), range(count)))
+    torch.set_num_threads(before)  # for threads that are started later
+    return threads
+
+
+def _run_alone() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # has this thread take the number now, not at its first operation
