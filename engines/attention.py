@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ROWS = 256  # queries of a block
-SCORES = 2**22  # numbers in the scores of a block, 16 MB
+SCORES = 2**21  # numbers in the scores of a block, 8 MB
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, dropout_p: float) -> Tensor:
