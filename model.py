@@ -148,8 +148,17 @@ class Attention(nn.Module):
         return F.dropout(y, config.dropout, self.training)
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2 · width) -> (..., width): the first half gates the second (Shazeer 2020, "GLU
+    Variants Improve Transformer")."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """One hidden layer; with swiglu two, the first of which gates the second."""
+
+    swiglu = staticmethod(swiglu)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -162,8 +171,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
         if self.activation == "swiglu":
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
+            x = self.swiglu(x)
         else:
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_new" else "none")
         return F.dropout(self.proj(x), self.dropout, self.training)

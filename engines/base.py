@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.attention import block_attention
-from engines.norm import use_narrow_norms
+from engines.lean import use_lean_operations
 from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
 from loss import IGNORE, aligned_linear, cross_entropy_in_cache
 from model import GPT
@@ -270,8 +270,8 @@ def loss_rows(config: Configuration) -> int:
 
 
 def has_own_operations(config: Configuration) -> bool:
-    """Whether loss, norms and perhaps attention are ours, made for bf16 on a CPU: torch.compile
-    fuses PyTorch's instead."""
+    """Whether loss, norms, SwiGLU and perhaps attention are ours, made for bf16 on a CPU:
+    torch.compile fuses PyTorch's instead."""
     return (config.backend, config.precision) == ("CPU", "bf16") and config.compile is not True
 
 
@@ -305,7 +305,7 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
             block.forward = recomputed(block.forward)
     if has_own_operations(config):
         model.cross_entropy = cross_entropy_in_cache
-        use_narrow_norms(model)
+        use_lean_operations(model)
     if config.compile is True:
         options = {"fallback_random": True}  # the same dropout masks as without
         for block in model.decoder:

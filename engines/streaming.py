@@ -385,14 +385,18 @@ class StreamingEngine(Engine):
     @contextmanager
     def _gradients(self, layers: list[str]) -> Iterator[None]:
         """Sums the layers' gradients in fp32 arrays, and then starts to store them."""
+        flats, stored = {}, {}
         while len(self.storing) > 1:  # at most one array is being stored while another is filled
-            future, _ = self.storing[0]
+            future, flat = self.storing[0]
             self.streams.current_stream().wait_event(future.result()[1])
             self.storing.popleft()
-        flats = {}
+            stored[len(flat)] = flat
         for layer in layers:
             layout, module = self.layouts[layer], self.modules[layer]
-            flats[layer] = Array(layout.size, device=self.device).tensor
+            if layout.size in stored:  # on a CPU new memory costs more than zeros
+                flats[layer] = stored.pop(layout.size).zero_()
+            else:
+                flats[layer] = Array(layout.size, device=self.device).tensor
             for name, view in layout.views(flats[layer]).items():
                 module.get_parameter(name).grad = view
         yield

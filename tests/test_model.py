@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines import attention
 from engines.attention import block_attention
-from engines.norm import use_narrow_norms
+from engines.lean import use_lean_operations
 from loss import IGNORE, aligned_linear, cross_entropy, cross_entropy_in_cache
-from model import GPT, GPTConfig, Norm
+from model import GPT, MLP, GPTConfig, Norm
 from planner.costs import count
 
 
@@ -140,32 +140,35 @@ def test_attention_in_blocks(shape, monkeypatch):
         assert (found - right).norm() <= max(1.5 * (theirs - right).norm(), rounding)
 
 
-@pytest.mark.parametrize("keys", [{}, {"bias": False}, {"norm": "rmsnorm"}])
-def test_narrow_norms(keys):
+@pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm", "swiglu"])
+def test_lean_operations(kind):
     """As near to the result in fp32 as the model's own, and nothing but the input is kept."""
-    x, y_grad = (torch.randn(2, 50, 32).bfloat16() for _ in range(2))
+    x, y_grad = torch.randn(2, 50, 64).bfloat16(), torch.randn(2, 50, 64).bfloat16()
+    activation, norm = ("swiglu", "rmsnorm") if kind == "swiglu" else ("gelu", kind.split()[0])
+    config = GPTConfig(width=64, heads=2, bias=" " not in kind, norm=norm, activation=activation)
 
-    def results(narrow, dtype):
-        norm = Norm(GPTConfig(width=32, depth=1, heads=2, **keys)).to(dtype)
-        leaf, kept = x.to(dtype, copy=True).requires_grad_(), {}
+    def results(lean, dtype):
+        module = MLP(config) if kind == "swiglu" else Norm(config)
+        if lean:
+            use_lean_operations(module)
+        leaf, kept, module = x.to(dtype, copy=True).requires_grad_(), {}, module.to(dtype)
+        weights = [] if kind == "swiglu" else list(module.parameters())
         with torch.no_grad():
-            for parameter in norm.parameters():
-                parameter.copy_(torch.linspace(-2, 2, 32))
-        if narrow:
-            use_narrow_norms(norm)
+            for weight in weights:
+                weight.copy_(torch.linspace(-2, 2, 64))
 
         def keep(tensor):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = norm(leaf)
-        y.backward(y_grad.to(dtype))
-        assert not narrow or sum(kept.values()) < 1.5 * x.nbytes
-        return [t.double() for t in (y.detach(), leaf.grad, *(p.grad for p in norm.parameters()))]
+            y = module.swiglu(leaf) if kind == "swiglu" else module(leaf)
+        y.backward(y_grad[..., : y.shape[-1]].to(dtype))
+        assert not lean or sum(kept.values()) < 1.2 * x.nbytes
+        return [t.double() for t in (y.detach(), leaf.grad, *(w.grad for w in weights))]
 
-    plain, narrow = (results(narrow, torch.bfloat16) for narrow in (False, True))
-    for theirs, found, right in zip(plain, narrow, results(False, torch.float32), strict=True):
+    plain, lean = (results(lean, torch.bfloat16) for lean in (False, True))
+    for theirs, found, right in zip(plain, lean, results(False, torch.float32), strict=True):
         assert (found - right).norm() <= 1.02 * (theirs - right).norm()
 
 
