@@ -87,6 +87,8 @@ class Norm(nn.LayerNorm):
     """Computed in fp32 whatever its input: in bf16 a CPU sums the gradients of weight and bias in
     bf16 too, where 256 + 1 is 256."""
 
+    layer_norm, rms_norm = staticmethod(F.layer_norm), staticmethod(F.rms_norm)
+
     def __init__(self, config: GPTConfig):
         bias = config.bias and config.norm == "layernorm"
         super().__init__(config.width, config.norm_eps, bias=bias)
@@ -95,9 +97,9 @@ class Norm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
         if self.is_rms:
-            y = F.rms_norm(x.float(), self.normalized_shape, weight, self.eps)
+            y = self.rms_norm(x.float(), self.normalized_shape, weight, self.eps)
         else:
-            y = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+            y = self.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
         return y.to(x.dtype)
 
 
@@ -148,17 +150,8 @@ class Attention(nn.Module):
         return F.dropout(y, config.dropout, self.training)
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """(..., 2 · width) -> (..., width): the first half gates the second (Shazeer 2020, "GLU
-    Variants Improve Transformer")."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 class MLP(nn.Module):
     """One hidden layer; with swiglu two, the first of which gates the second."""
-
-    swiglu = staticmethod(swiglu)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -171,7 +164,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
         if self.activation == "swiglu":
-            x = self.swiglu(x)
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
         else:
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_new" else "none")
         return F.dropout(self.proj(x), self.dropout, self.training)

@@ -14,15 +14,16 @@ from warnings import catch_warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.attention import block_attention
-from engines.lean import use_lean_operations
+from engines.lean import swap, use_lean_norms
 from engines.optimizer import SPIKE_STEPS, is_applied, learning_rate, spike_limits
-from loss import IGNORE, aligned_linear, cross_entropy_in_cache
+from loss import IGNORE, aligned_linear, cross_entropy, cross_entropy_in_cache
 from model import GPT
 from runtime.checkpoint import KINDS
 
@@ -208,7 +209,7 @@ class Engine:
         longest, rows = self.config.max_position_embeddings, []
         for ids in texts:  # a few lengths only, which a GPU's kernels and torch.compile prefer
             length = min(longest, ceil(len(ids) / TEXT_LENGTHS) * TEXT_LENGTHS)
-            rows.append(nn.functional.pad(ids, (0, length - len(ids)))[None].to(self.device))
+            rows.append(F.pad(ids, (0, length - len(ids)))[None].to(self.device))
         with self.evaluating():
             logits = self.last_logits(rows, [len(ids) - 1 for ids in texts])
             return torch.stack(logits).float().cpu()
@@ -270,8 +271,8 @@ def loss_rows(config: Configuration) -> int:
 
 
 def has_own_operations(config: Configuration) -> bool:
-    """Whether loss, norms, SwiGLU and perhaps attention are ours, made for bf16 on a CPU:
-    torch.compile fuses PyTorch's instead."""
+    """Whether loss, norms and perhaps attention are ours, made for bf16 on a CPU: torch.compile
+    fuses PyTorch's instead."""
     return (config.backend, config.precision) == ("CPU", "bf16") and config.compile is not True
 
 
@@ -291,11 +292,10 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
     compilation, and the loss has another."""
     model.loss_rows = loss_rows(config)
     if config.backend == "GPU":
-        model.head_linear = aligned_linear
+        swap(model, "head_linear", F.linear, aligned_linear)
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     if has_block_attention(config):
-        for block in model.decoder:
-            block.attn.attend = block_attention
+        swap(model, "attend", F.scaled_dot_product_attention, block_attention)
     if not training:  # an evaluation is over too soon to compile
         return
     model.embedding.sparse_grad = has_sparse_lookup(config)
@@ -304,8 +304,8 @@ def prepare_compute(config: Configuration, model: GPT, training: bool = True) ->
         for block in model.decoder:
             block.forward = recomputed(block.forward)
     if has_own_operations(config):
-        model.cross_entropy = cross_entropy_in_cache
-        use_lean_operations(model)
+        swap(model, "cross_entropy", cross_entropy, cross_entropy_in_cache)
+        use_lean_norms(model)
     if config.compile is True:
         options = {"fallback_random": True}  # the same dropout masks as without
         for block in model.decoder:

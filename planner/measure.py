@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configuration import MODEL_KEYS, Configuration
 from engines.base import has_own_operations
-from engines.lean import use_lean_operations
+from engines.lean import use_lean_norms
 from model import GPT, GPTConfig
 
 
@@ -52,8 +52,8 @@ def sizes(config: GPTConfig) -> Sizes:
 
 def block(config: Configuration) -> Block:
     """Measures a block at the sequence length and in the precision of a configuration."""
-    bf16, own = config.precision == "bf16", has_own_operations(config)
-    return _block(_model(config), config.sequence_length, bf16, own)
+    bf16, lean = config.precision == "bf16", has_own_operations(config)
+    return _block(_model(config), config.sequence_length, bf16, lean)
 
 
 def _model(config: GPTConfig) -> tuple:
@@ -74,15 +74,15 @@ def _sizes(keys: tuple) -> Sizes:
 
 
 @lru_cache(maxsize=16)
-def _block(keys: tuple, length: int, bf16: bool, own_operations: bool) -> Block:
+def _block(keys: tuple, length: int, bf16: bool, lean: bool) -> Block:
     config = GPTConfig(**dict(keys))
     dtype, kept, again = torch.bfloat16 if bf16 else torch.float32, {}, 0
     with torch.device("meta"):
         one = GPT(replace(config, depth=1)).decoder[0].to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         one.to_empty(device="cpu")
-        if own_operations:
-            use_lean_operations(one)
+        if lean:
+            use_lean_norms(one)
         own = {StorageWeakRef(parameter.untyped_storage()) for parameter in one.parameters()}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from test_train import refused
 
 import model
 from configuration import Configuration
-from engines.lean import use_lean_operations
+from engines.lean import use_lean_norms
 from model import Block
 from planner.costs import Plan, moved_bytes, step_flops
 from planner.machine import Machine
@@ -268,7 +268,7 @@ def test_what_a_block_keeps(monkeypatch, change, dropout, precision):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     real, storages = Block(config).to(dtype), {}
     if precision == "bf16":
-        use_lean_operations(real)
+        use_lean_norms(real)
     own = {parameter.untyped_storage().data_ptr() for parameter in real.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
