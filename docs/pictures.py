@@ -14,6 +14,7 @@ NAMES = {
     "nanogpt-bf16-compiled": "nanoGPT, compiled",
     "transformers": "transformers",
     "nanogpt-bf16": "nanoGPT",
+    "litgpt-compiled": "litgpt, compiled",
 }
 
 

@@ -73,7 +73,7 @@ def test_the_readme_counts_the_lines_that_there_are():
     from loc import CORE, code_lines
 
     core = sum(code_lines(ROOT / name) for name in CORE)
-    assert f"| Python, these six | 6 | 146 | 158 | {core:,} |" in (ROOT / "README.md").read_text()
+    assert f"| Python, these six | 6 | 147 | 158 | {core:,} |" in (ROOT / "README.md").read_text()
 
 
 def test_uv_installs_what_pip_installs():
