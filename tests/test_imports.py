@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LADDER = [  # the ground first
     *("loss", "model", "runtime.console", "runtime.files", "runtime.tokens", "dataset"),
     *("cluster", "configuration", "runtime.arguments", "runtime.checkpoint"),
-    *("engines.optimizer", "engines.attention", "engines.base", "engines.buffers", "engines.store"),
+    *("engines.optimizer", "engines.attention", "engines.lean", "engines.base"),
+    *("engines.threads", "engines.buffers", "engines.store"),
     *("engines.resident", "engines.streaming", "engines.sharded", "engines.cerebras", "engines"),
     *("planner.measure", "planner.machine", "planner.costs", "planner.search", "planner.report"),
     *("planner.resolve", "runtime.launch", "runtime.distributed", "runtime.tracking"),
