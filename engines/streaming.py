@@ -385,12 +385,8 @@ class StreamingEngine(Engine):
     @contextmanager
     def _gradients(self, layers: list[str]) -> Iterator[None]:
         """Sums the layers' gradients in fp32 arrays, and then starts to store them."""
-        flats, stored = {}, {}
-        while len(self.storing) > 1:  # at most one array is being stored while another is filled
-            future, flat = self.storing[0]
-            self.streams.current_stream().wait_event(future.result()[1])
-            self.storing.popleft()
-            stored[len(flat)] = flat
+        stored = self._stored({self.layouts[layer].size for layer in layers})
+        flats = {}
         for layer in layers:
             layout, module = self.layouts[layer], self.modules[layer]
             if layout.size in stored:  # on a CPU new memory costs more than zeros
@@ -408,6 +404,18 @@ class StreamingEngine(Engine):
             future = self.storer.submit(self._store_gradient, layer, flat, computed, add)
             self.square_sums[layer] = future
             self.storing.append((future, flat))
+
+    def _stored(self, sizes: set[int]) -> dict[int, Tensor]:
+        """Waits until at most one array is being stored while another is filled. Returns those that
+        were stored and have one of these sizes, by size, and frees the others."""
+        found = {}
+        while len(self.storing) > 1:
+            future, flat = self.storing[0]
+            self.streams.current_stream().wait_event(future.result()[1])
+            self.storing.popleft()
+            if len(flat) in sizes:
+                found[len(flat)] = flat
+        return found
 
     def sum_losses(self, batch: Batch) -> Tensor:
         losses = [
