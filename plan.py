@@ -7,23 +7,26 @@ does not fit, what is missing and what would fit.
 import json
 from dataclasses import replace
 
+from common.console import UserError, command, warn  # before torch
+
+# isort: split
 import torch
 
 from configuration import Configuration
+from planner.costs import eval_tokens
 from planner.machine import DEVICES, Machine, named_machine, parse_bytes, this_machine
 from planner.report import describe, refusal, size_text, summary, table, time_text, warnings
 from planner.resolve import check_engine, resolve_device
 from planner.search import closest, engine_plans, first_fitting
 from runtime.arguments import parse_configuration
-from runtime.console import UserError, command, warn
+from runtime.resume import open_weights
 
 
 def main() -> int:
-    config, more = parse_configuration(
+    config, options = parse_configuration(
         "Plan a run.",
         json=(bool, "print the plan as JSON"),
         device=(str, f"plan for this GPU instead of this machine: {', '.join(DEVICES)}"),
-        device_memory=(str, "memory of the device, such as 80GB"),
         disk=(str, "free space where the streaming engine keeps its files, such as 8TB"),
     )
     if config.backend == "CSX" or config.engine == "cerebras":
@@ -31,15 +34,18 @@ def main() -> int:
             "a run on Cerebras systems is planned by their cluster; python train.py CONFIG "
             "--backend CSX --cluster.validate_only true lowers a step for it on this machine"
         )
-    config, machine = choose_machine(config, more)
+    config, machine = choose_machine(open_weights(config, None).config, options["device"])
+    if options["disk"] is not None:
+        machine.disk = parse_bytes(options["disk"], "disk")
     plans = engine_plans(config, machine)
     plan = first_fitting(plans) or closest(plans)
-    if more["json"]:
+    if options["json"]:
         print(json.dumps(summary(plan)))
         return 2 if plan.missing else 0
-    print("\n".join(table(plans, machine)))
+    print("\n".join(table(plans)))
     if machine.on_gpu and config.host_memory is None:
-        each, host = size_text(machine.host), size_text(machine.host * machine.processes)
+        each = size_text(machine.host)
+        host = size_text(machine.host * machine.processes)
         print(f"host memory: {each} a GPU, this machine's {host} shared; --host_memory sets it")
     if plan.missing:
         print(refusal(config, plans))
@@ -47,30 +53,24 @@ def main() -> int:
     print(describe(plan))
     for line in warnings(plan):
         warn(line)
-    if not plan.eval_tokens:
+    if not eval_tokens(config):
         print(f"without evaluations: {config.dataset} is not prepared")
-    compute, transfer = time_text(plan.compute), time_text(plan.transfer)
+    compute = time_text(plan.total("compute"))
+    transfer = time_text(plan.total("transfer"))
     print(f"{plan.limit} is the limit: a step computes for {compute} and transfers for {transfer}")
     return 0
 
 
-def choose_machine(config: Configuration, more: dict) -> tuple[Configuration, Machine]:
-    """The named device or this machine, and the configuration with its device resolved."""
-    given = {
-        tier: parse_bytes(more[option], option)
-        for tier, option in (("device", "device_memory"), ("disk", "disk"))
-        if more[option] is not None
-    }
-    if more["device"] is not None:
-        check_engine(config)
-        precision = "bf16" if config.precision == "auto" else config.precision
-        config = replace(config, backend="GPU", precision=precision)
-        machine = named_machine(more["device"], config)
-    else:
+def choose_machine(config: Configuration, device: str | None) -> tuple[Configuration, Machine]:
+    """Return the configuration with its device resolved, and the named GPU or this machine."""
+    if device is None:
         config = resolve_device(config, {})
         gpus = torch.cuda.device_count() if config.backend == "GPU" else config.num_systems
-        machine = this_machine(config, min(config.num_systems, gpus))
-    return config, replace(machine, **given)
+        return config, this_machine(config, min(config.num_systems, gpus))
+    check_engine(config)
+    precision = "bf16" if config.precision == "auto" else config.precision
+    config = replace(config, backend="GPU", precision=precision)
+    return config, named_machine(device, config)
 
 
 if __name__ == "__main__":

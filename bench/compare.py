@@ -1,12 +1,12 @@
-"""Our training step beside others', on the same shape and tokens: python bench/compare.py
+"""Our training step compared with others', on the same shape and tokens: python bench/compare.py
 
-Each side is a process of its own, in its own environment where it needs one (--peers_python, as
-`make bench` has it). `base` and each of `sides` in turn train a step, and after each a matrix
-product is timed: the roof. Prints tokens a second of the best step, their share of the roof by
-6 · parameters · tokens (MFU), peak memory, seconds from the start of the process to the end of its
-first step, the largest part of a step in which it waited for data, FLOP/s with attention's own and
-what is computed again, and the base's speed over the side's: by the best steps, and the lowest and
-highest of the rounds.
+Each side trains in a process of its own, in its own environment where it needs one (--peers_python,
+as `make bench` has it), and ends before the next begins, so that each has the machine to itself. In
+every round `base` and each of `sides` train some steps, and then a matrix product is timed: the
+roof. Prints tokens a second of the best step, their share of the roof by 6 · parameters · tokens
+(MFU), peak memory, seconds from the start of the process to the end of its first step, the largest
+part of a step in which it waited for data, FLOP/s with attention's own and what is computed again,
+and the base's speed over the side's: by the best steps, and the lowest and highest of the rounds.
 """
 
 import json
@@ -16,57 +16,25 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 from jsonargparse import auto_cli
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from peers import SIDES, Task
+from peers import NOTES, SIDES, Task, end_with_parent
 
+from common.console import UserError, command
+from common.tokens import write_meta
 from configuration import Configuration
-from engines.base import has_units
 from planner.costs import count
-from runtime.console import UserError, command
-from runtime.tokens import write_meta
+from planner.search import MOST_TOKENS
 
 ELSEWHERE = ("litgpt", "deepspeed")  # in the environment of --peers_python
 CHECKOUTS = ("nanogpt", "gigagpt")  # need a checkout
 CORPUS = 4_000_000  # random tokens
-
-
-class Side:
-    """A process that trains a step when it is told to."""
-
-    def __init__(self, name: str, task: Task, python: str):
-        self.began, self.results, self.log = time.perf_counter(), [], Path(task.scratch, name)
-        command = [
-            python,
-            str(Path(__file__).with_name("worker.py")),
-            name,
-            json.dumps(asdict(task)),
-        ]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, stderr=log, text=True, bufsize=1, **pipes)
-
-    def step(self, order: str = "") -> dict:
-        """Raises ChildProcessError, with its last word, for a process that has ended."""
-        try:
-            self.process.stdin.write(f"{order}\n")
-            self.results.append(json.loads(self.process.stdout.readline()))
-        except (BrokenPipeError, ValueError):
-            words = self.log.read_text(errors="replace").strip().splitlines() or ["no word"]
-            raise ChildProcessError(words[-1]) from None
-        if len(self.results) == 1:
-            self.first = time.perf_counter() - self.began
-        return self.results[-1]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+LAST_WORDS = 60  # lines that are kept of a side that failed
+Steps = list[dict]  # what bench/worker.py answers to each step of a process
 
 
 def main(
@@ -79,13 +47,17 @@ def main(
     sequence_length: int = 1024,
     tokens: int = 2048,
     micro_batch_size: int | None = None,
-    rounds: int = 4,
+    rounds: int = 2,
+    steps: int = 2,
     name: str | None = None,
     out: str | None = None,
     peers_python: str | None = None,
     nanogpt: str | None = None,
     gigagpt: str | None = None,
     llama: bool = False,
+    host_memory: str | None = None,
+    memory_limit: str | None = None,
+    activation_checkpointing: bool | Literal["auto"] = "auto",
 ) -> None:
     """Compares training steps.
 
@@ -95,17 +67,24 @@ def main(
         width: of the model, as depth and vocab_size
         heads: of a block; null: one for every 64 of the width
         tokens: in a step
-        micro_batch_size: sequences in one forward pass; null: ours chooses
-        rounds: steps of each side that count, after one more to warm up
+        micro_batch_size: sequences in one forward pass of every side; null: as many as ours takes
+            where it has the memory
+        rounds: how often each side trains
+        steps: of a side in each round that count, after one more to warm up
         name: what the result is called
         out: a file to which the result is appended as a line of JSON
         peers_python: the interpreter of an environment with litgpt and DeepSpeed
         nanogpt: a checkout of it
         gigagpt: a checkout of the original
         llama: a Llama with as many parameters in a block, instead of GPT-2
+        host_memory: as in train.py, for our sides
+        memory_limit: as in train.py, for our sides
+        activation_checkpointing: as in train.py, for our sides
     """
     names = [base, *sides]
     check(names, {"nanogpt": nanogpt, "gigagpt": gigagpt}, peers_python)
+    settings = {"host_memory": host_memory, "memory_limit": memory_limit}
+    settings["activation_checkpointing"] = activation_checkpointing
     with TemporaryDirectory() as folder:
         write_corpus(Path(folder), vocab_size)
         task = Task(
@@ -115,21 +94,23 @@ def main(
             vocab_size=vocab_size,
             sequence_length=sequence_length,
             batch_size=tokens // sequence_length,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=0,
             data=folder,
             scratch=folder,
+            settings=settings,
             nanogpt=nanogpt and str(Path(nanogpt).absolute()),
             gigagpt=gigagpt and str(Path(gigagpt).absolute()),
             llama=llama,
         )
-        try:
-            line = {"name": name, **compare(names, task, rounds, peers_python)}
-        except ChildProcessError as error:
-            raise UserError(f"{base}: {error}") from None
+        fast = max(1, MOST_TOKENS["GPU" if task.device == "cuda" else "CPU"] // sequence_length)
+        task.micro_batch_size = micro_batch_size or min(fast, task.batch_size)
+        line = {"name": name, **compare(names, task, rounds, steps, peers_python)}
     print(json.dumps(line))
     if out:
         with open(out, "a") as file:
             file.write(f"{json.dumps(line)}\n")
+    if "error" in line["sides"][base]:
+        raise UserError(f"{base}: {last_word(line['sides'][base])}")
 
 
 def check(names: list[str], checkouts: dict, peers_python: str | None) -> None:
@@ -151,68 +132,96 @@ def write_corpus(folder: Path, vocab_size: int) -> None:
     write_meta(folder, {"dtype": "uint16", "vocab_size": vocab_size})
 
 
-def compare(names: list[str], task: Task, rounds: int, peers_python: str | None) -> dict:
+def compare(
+    names: list[str], task: Task, rounds: int, steps: int, peers_python: str | None
+) -> dict:
     """The result as it is written: the first name's side beside each of the others."""
-
-    def start(name: str) -> Side:
-        elsewhere = name.split("-")[0] in ELSEWHERE
-        return Side(name, task, peers_python if elsewhere else sys.executable)
-
-    def timed(side: Side) -> float:
-        seconds = side.step()["seconds"]
-        roof.step(precision)
-        say(f"{side.log.name}: {seconds:.2f} s")
-        return seconds
-
-    precision = "bf16" if task.device == "cuda" or has_units("amx_bf16", "avx512_bf16") else "fp32"
-    roof, base = start("roof"), start(names[0])
-    base.step()
-    for _ in range(1 if names[1:] else rounds):
-        timed(base)
-    pairs, failed = {}, {}
-    for name in names[1:]:
-        side = start(name)
-        try:
-            side.step()
-            pairs[side] = [(timed(base), timed(side)) for _ in range(rounds)]
-        except ChildProcessError as error:
-            failed[name] = {"error": str(error)}
-            say(f"{name} failed: {error}")
-        side.close()
-    base.close()
-    roof.close()
-    flops = max(result["flops"] for result in roof.results)
-    results = {side.log.name: told(side, task, flops) for side in (base, *pairs)} | failed
-    for side, seconds in pairs.items():
-        mine, theirs = zip(*seconds, strict=True)
-        ratios = [b / a for a, b in seconds]
-        more = {"ratio": min(theirs) / min(mine), "lowest": min(ratios), "highest": max(ratios)}
-        results[side.log.name] |= more
-    show(results, flops, precision)
+    processes: dict[str, list[Steps]] = {name: [] for name in names}  # of each round
+    failed, flops = {}, 0.0
+    for _ in range(rounds):
+        for name in [name for name in names if name not in failed]:
+            elsewhere = name.split("-")[0] in ELSEWHERE
+            python = peers_python if elsewhere else sys.executable
+            try:
+                processes[name].append(train(name, task, python, 1 + steps))
+            except ChildProcessError as error:
+                failed[name] = {"error": str(error)}
+                say(f"{name} failed:\n{error}")
+        roof = train("roof", task, sys.executable, 1)
+        flops = max(flops, roof[0]["flops"])
+    results = {}
+    for name in names:
+        results[name] = failed.get(name) or told(name, processes[name], task, flops)
+        if not {name, names[0]} & failed.keys() and name != names[0]:
+            results[name] |= compared(processes[names[0]], processes[name])
+    show(results, flops, task.precision)
     shape = {key: value for key, value in asdict(task).items() if isinstance(value, int)}
-    shape |= {"parameters": parameters(task), "base": names[0]}
-    return {**shape, "roof": flops, "precision": precision, "sides": results}
+    shape |= {"parameters": parameters(task), "base": names[0], **task.settings}
+    return {**shape, "roof": flops, "precision": task.precision, "sides": results}
+
+
+def train(name: str, task: Task, python: str, steps: int) -> Steps:
+    """Trains steps of a side in a process of its own, which has ended then. Raises
+    ChildProcessError, with its last words, where it failed."""
+    began, answers, log = time.perf_counter(), [], Path(task.scratch, f"{name}.log")
+    words = [python, str(Path(__file__).with_name("worker.py")), name, json.dumps(asdict(task))]
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            [*words, str(steps)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            preexec_fn=end_with_parent,
+        )
+        for line in process.stdout:
+            answers.append({**json.loads(line), "since_start": time.perf_counter() - began})
+            say(f"{name}: {answers[-1]['seconds']:.2f} s")
+    if process.wait() != 0:
+        lines = log.read_text(errors="replace").strip().splitlines()[-LAST_WORDS:]
+        if process.returncode < 0 or not lines:
+            lines.append(f"it ended with status {process.returncode}")
+        raise ChildProcessError("\n".join(lines))
+    return answers
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def told(side: Side, task: Task, flops: float) -> dict:
-    """A side's figures, from all of its steps but the first."""
-    seconds = [result["seconds"] for result in side.results[1:]]
+def last_word(result: dict) -> str:
+    return result["error"].splitlines()[-1]
+
+
+def told(name: str, processes: list[Steps], task: Task, flops: float) -> dict:
+    """A side's figures, from all steps but the first of each process."""
+    steps = [step for answers in processes for step in answers[1:]]
+    seconds = [step["seconds"] for step in steps]
     rate = task.batch_size * task.sequence_length / min(seconds)
-    flops_done = side.results[-1]["flops"]
+    flops_done = steps[-1]["flops"]
+    note = {"note": NOTES[name]} if name in NOTES else {}
     return {
         "tokens_per_second": rate,
         "mfu": rate * 6 * parameters(task) / flops,
         "spread": max(seconds) / min(seconds),
-        "peak_bytes": side.results[-1]["bytes"],
-        "first_step_seconds": side.first,
-        "loader": max(r["loader"] / r["seconds"] for r in side.results[1:]),
-        "loss": side.results[-1]["loss"],
+        "peak_bytes": max(step["bytes"] for step in steps),
+        "first_step_seconds": processes[0][0]["since_start"],
+        "loader": max(step["loader"] / step["seconds"] for step in steps),
+        "loss": steps[-1]["loss"],
         # with attention's own and what is computed again, where it is known
         "hardware_flops": flops_done and flops_done / min(seconds),
+        "planned": steps[-1]["planned"],
+        **note,
+    }
+
+
+def compared(base: list[Steps], side: list[Steps]) -> dict:
+    """The base's speed over a side's, by the best steps of all and of each round."""
+    best = [[min(step["seconds"] for step in run[1:]) for run in runs] for runs in (base, side)]
+    ratios = [theirs / ours for ours, theirs in zip(*best, strict=True)]
+    return {
+        "ratio": min(best[1]) / min(best[0]),
+        "lowest": min(ratios),
+        "highest": max(ratios),
     }
 
 
@@ -220,7 +229,7 @@ def show(results: dict[str, dict], flops: float, precision: str) -> None:
     print(f"{'':<22}  tokens/s    MFU  peak GB  first step  loader   TFLOP/s    loss  ratio")
     for name, result in results.items():
         if "error" in result:
-            print(f"{name:<22}  failed: {result['error']}")
+            print(f"{name:<22}  failed: {last_word(result)}")
             continue
         text = f"{name:<22}{result['tokens_per_second']:>10,.1f}{result['mfu']:>7.1%}"
         text += f"{result['peak_bytes'] / 1e9:>9.2f}{result['first_step_seconds']:>10.1f} s"
@@ -229,6 +238,8 @@ def show(results: dict[str, dict], flops: float, precision: str) -> None:
         if "ratio" in result:
             text += "{ratio:>7.2f} ({lowest:.2f} to {highest:.2f})".format(**result)
         print(text)
+        if "note" in result:
+            print(f"{'':<22}  {result['note']}")
     print(f"roof: {flops / 1e12:.3f} TFLOP/s, {precision}")
 
 

@@ -1,9 +1,10 @@
-"""What a GPU shows in half an hour: python bench/gpu.py run --stage a (then b, then c; null: all)
+"""What a GPU shows in half an hour: python bench/gpu.py run --stage a (then b, c and d; null: all)
 
-Each part of a stage is a process of its own with a time limit, and needs no other part. All that is
-said goes to `out`/log, results to `out`/results.jsonl as lines of JSON, as they come, and a profile
-of a streamed step to `out`/trace.json.gz. docs/gpu.md says what a machine without a package
-registry needs. `toy` runs the same on tiny models, on any machine, to try the script.
+Each part of a stage is a process of its own with a time limit, needs no other part and ends with
+this one. All that is said goes to `out`/log, results to `out`/results.jsonl as lines of JSON, as
+they come, and a profile of a streamed step to `out`/trace.json.gz. docs/gpu.md says what a machine
+without a package registry needs. `toy` runs the same on tiny models, on any machine, to try the
+script.
 """
 
 import gzip
@@ -15,22 +16,24 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from jsonargparse import auto_cli
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from peers import RandomBatches
+from peers import RandomBatches, end_with_parent
 
 from configuration import Configuration
 from engines import open_engine
 from engines.base import Engine
-from engines.buffers import Array
+from engines.buffers import Array, pin
 from engines.store import GRADIENT, DiskStore
-from loss import aligned_linear
+from ops import aligned_linear
 from planner.costs import Plan, flops_per_token, make_plan
 from planner.machine import best_of, measure_products
 from planner.report import describe
@@ -46,86 +49,124 @@ SHAPES = {
     "6p7b": {"width": 4096, "depth": 32, "heads": 32},
 }
 TOY = {"width": 64, "depth": 2, "heads": 2, "sequence_length": 64, "vocab_size": 257}
-TOY |= {"max_position_embeddings": 64}
 SWEEP = (64, 32, 16, 8)  # sequences of 2,048 tokens a step
 PROFILED = 32
+MICRO_BATCH = 16  # sequences, of the sweep and of the block that is held
 
 
-def compared(model: str, base: str, sides: list[str], thousands: int, rounds: int, **more) -> list:
+def compared(model: str, base: str, thousands: int, **more: object) -> list:
     """The flags of bench/compare.py, for tokens a step in thousands."""
-    keys = {**SHAPES[model], "sequence_length": 2048, "tokens": 1024 * thousands, **more}
-    return ["bench/compare.py", {**keys, "base": base, "sides": sides, "rounds": rounds}]
+    keys = {**SHAPES[model], "sequence_length": 2048, "tokens": 1024 * thousands, "sides": []}
+    return ["bench/compare.py", {**keys, "base": base, "rounds": 1, **more}]
 
 
-# name -> (seconds at most, what Python runs: words, and flags or none)
+TESTS = ["-m", "pytest", "-q", "tests/test_gpu.py"]
+if find_spec("xdist"):
+    TESTS += ["-n", str(min(8, os.cpu_count()))]
+# name -> (seconds at most, what Python runs: words, and flags or none); in a stage nine minutes, a
+# minute less than a call to a machine that is lent may take
 STAGES = {
     "a": {
-        "device": (60, ["bench/gpu.py", "device"]),
-        "tests": (300, ["-m", "pytest", "-q", "-m", "gpu", "tests"]),
-        "resident-111m": (80, compared("111m", "resident", ["transformers-compiled"], 128, 4)),
-        "resident-1p3b": (60, compared("1p3b", "resident", [], 64, 3)),
-        "resident-2p7b": (60, compared("2p7b", "resident", [], 64, 3)),
+        "device": (90, ["bench/gpu.py", "device"]),
+        "tests": (240, TESTS),
+        "resident-1p3b": (90, compared("1p3b", "resident", 64, steps=3)),
+        "streaming-2p7b": (120, compared("2p7b", "streaming-ram", 64, micro_batch_size=8)),
     },
     "b": {
-        "sweep": (520, ["bench/gpu.py", "sweep"]),
-        "held-block": (70, compared("6p7b", "held-block", [], 32, 2)),
+        "sweep": (450, ["bench/gpu.py", "sweep"]),
+        "held-block": (90, compared("6p7b", "held-block", 64, micro_batch_size=MICRO_BATCH)),
     },
     "c": {
-        "streaming-2p7b": (150, compared("2p7b", "streaming-ram", ["fsdp-offload"], 64, 2)),
-        "disk-1p3b": (100, compared("1p3b", "streaming-ram", ["streaming-disk"], 64, 2)),
-        "fsdp-6p7b": (
-            170,
-            compared("6p7b", "fsdp-offload", [], 128, 1, micro_batch_size=8),
+        "resident-111m": (110, compared("111m", "resident", 128, sides=["transformers-compiled"])),
+        "resident-2p7b": (70, compared("2p7b", "resident", 64, micro_batch_size=8)),
+        "fsdp-2p7b": (
+            140,
+            compared("2p7b", "streaming-ram", 64, sides=["fsdp-offload"], micro_batch_size=8),
         ),
+        "resident-6p7b": (100, compared("6p7b", "resident", 64, micro_batch_size=1)),
+        "disk-1p3b": (120, compared("1p3b", "streaming-disk", 64, steps=1)),
+    },
+    "d": {
+        "fsdp-6p7b": (300, compared("6p7b", "fsdp-offload", 128, micro_batch_size=4, steps=1)),
     },
 }
 
 
-def run(stage: str | None = None, out: str = "out/gpu", toy: bool = False) -> None:
+def run(
+    stage: str | None = None,
+    out: str = "out/gpu",
+    toy: bool = False,
+    host_memory: str | None = None,
+    memory_limit: str | None = None,
+    activation_checkpointing: bool | Literal["auto"] = "auto",
+) -> None:
     """Runs the parts of a stage, or of all, and tells at the end what failed.
 
     Args:
-        stage: a, b or c
+        stage: a, b, c or d
         out: a folder
         toy: tiny models
+        host_memory: as in train.py
+        memory_limit: as in train.py
+        activation_checkpointing: as in train.py; auto: the sweep recomputes
     """
     if stage is not None and stage not in STAGES:
         sys.exit(f"error: stage: {stage} is not known; known are {', '.join(STAGES)}")
-    Path(out).mkdir(parents=True, exist_ok=True)
+    folder = Path(out).resolve()  # the parts run elsewhere
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"host_memory": host_memory, "memory_limit": memory_limit}
+    settings["activation_checkpointing"] = activation_checkpointing
     failed = []
     for name in [stage] if stage else STAGES:
         for part, (limit, words) in STAGES[name].items():
-            begin = time.perf_counter()
-            status = limited(command(part, words, out, toy), limit, Path(out, "log"))
-            said = Path(out, "log").read_text(errors="replace").splitlines()[-12:]
-            print(f"== {part}: {time.perf_counter() - begin:.0f} s, {status}")
+            totals, begin = [memory_total()], time.perf_counter()
+            words = command(part, words, folder, toy, settings)
+            status = limited(words, limit, folder / "log")
+            seconds = time.perf_counter() - begin
+            totals.append(memory_total())
+            append(folder, name="part", part=part, status=status, seconds=seconds, totals=totals)
+            said = (folder / "log").read_text(errors="replace").splitlines()[-12:]
+            memory = " and ".join(f"{total / 1e9:.1f} GB" for total in totals)
+            print(f"== {part}: {seconds:.0f} s, {status}; MemTotal before and after: {memory}")
             print("\n".join(line for line in said if not line.startswith("{")), flush=True)
             failed += [] if status == "ended well" else [part]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def command(part: str, words: list, out: str, toy: bool) -> list[str]:
+def memory_total() -> int:
+    """Bytes of memory that the system has now; virtual machines may get more as they use it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def command(part: str, words: list, folder: Path, toy: bool, settings: dict) -> list[str]:
     """What runs a part."""
-    command, keys = [sys.executable], {}
-    for word in words:
-        if isinstance(word, dict):
-            keys = word | {"name": part, "out": f"{out}/results.jsonl"}
-            keys |= {k: TOY[k] for k in ("width", "depth", "heads", "vocab_size")} if toy else {}
-            keys |= {"sequence_length": 64, "tokens": 256, "micro_batch_size": None} if toy else {}
-        else:
-            command.append(word)
-    if words[0] == "bench/gpu.py":
-        keys = {"out": out, "toy": toy}
-    return command + [f"--{key}={json.dumps(value).strip(chr(34))}" for key, value in keys.items()]
+    script, *rest = words
+    keys = {}
+    if script == "bench/gpu.py":
+        keys = {"out": str(folder), "toy": toy}
+        keys |= settings if rest == ["sweep"] else {}
+    elif script == "bench/compare.py":
+        keys = {**rest.pop(), "name": part, "out": str(folder / "results.jsonl"), **settings}
+        keys |= {**TOY, "tokens": 256, "micro_batch_size": None} if toy else {}
+    flags = [f"--{key}={json.dumps(value).strip(chr(34))}" for key, value in keys.items()]
+    return [sys.executable, script, *rest, *flags]
 
 
-def limited(command: list[str], seconds: float, log: Path) -> str:
+def limited(words: list[str], seconds: float, log: Path) -> str:
     """Runs a command and appends what it says to the log; all its processes end at the limit."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = os.pathsep.join(os.path.abspath(path) for path in paths if path)
     with open(log, "a") as file:
-        print(f"\n== {' '.join(command[1:])}", file=file, flush=True)
+        print(f"\n== {' '.join(words[1:])}", file=file, flush=True)
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, cwd=ROOT, start_new_session=True
+            words,
+            stdout=file,
+            stderr=file,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": paths},
+            process_group=0,
+            preexec_fn=end_with_parent,
         )
         try:
             status = process.wait(seconds)
@@ -136,10 +177,15 @@ def limited(command: list[str], seconds: float, log: Path) -> str:
     return "ended well" if status == 0 else f"status {status}"
 
 
-def tell(out: str, **result: object) -> None:
-    """Appends a result."""
-    with open(Path(out, "results.jsonl"), "a") as file:
+def append(folder: str | Path, **result: object) -> None:
+    """Appends a result to the folder's results."""
+    with open(Path(folder, "results.jsonl"), "a") as file:
         file.write(f"{json.dumps(result)}\n")
+
+
+def tell(out: str, **result: object) -> None:
+    """Appends a result, and prints it."""
+    append(out, **result)
     print(json.dumps(result, indent=1), flush=True)
 
 
@@ -154,12 +200,13 @@ def device(out: str, toy: bool = False) -> None:
         memory=properties.total_memory if ON_GPU else 0,
         cudnn=torch.backends.cudnn.version(),
         processors=os.cpu_count(),
-        host_memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        host_memory=memory_total(),
     )
     tell(out, name="products", flops=measure_products("GPU" if ON_GPU else "CPU", "bf16"))
     tell(out, name="copies", **copy_rates(2**20 if toy else 2**28))
     tell(out, name="head", **head_seconds(*((64, 64, 257) if toy else (8192, 4096, 50257))))
     tell(out, name="disk", **disk_rates(Path(out), 2**16 if toy else 2**26))
+    tell(out, name="pinning", **pinned(*((2**20, 4) if toy else (2**30, 12))))
 
 
 def copy_rates(numbers: int) -> dict[str, float]:
@@ -220,17 +267,43 @@ def disk_rates(folder: Path, numbers: int) -> dict[str, float]:
     return {"write": 4 * numbers / seconds[0], "read": 4 * numbers / seconds[1]}
 
 
-def sweep(out: str, toy: bool = False) -> None:
+def pinned(numbers: int, most: int) -> dict[str, object]:
+    """Pins arrays one after the other: bytes/s, and the system's memory after each. Memory that is
+    pinned twice is refused, and the next kernel must run."""
+    arrays, totals, begin = [], [], time.perf_counter()
+    while len(arrays) < most and time.perf_counter() - begin < 30:
+        arrays.append(Array(numbers, pinned=ON_GPU))
+        arrays[-1].tensor.zero_()  # where nothing pins it, this allocates it
+        totals.append(memory_total())
+    rate = 4 * numbers * len(arrays) / (time.perf_counter() - begin)
+    refused = ON_GPU and not pin(arrays[0].tensor)
+    works = torch.ones(8, device=DEVICE).sum().item() == 8
+    for array in arrays:
+        array.unpin()
+    return {"rate": rate, "totals": totals, "refused": refused, "works": works}
+
+
+def sweep(
+    out: str,
+    toy: bool = False,
+    host_memory: str | None = None,
+    memory_limit: str | None = None,
+    activation_checkpointing: bool | Literal["auto"] = "auto",
+) -> None:
     """A model of 6.7B parameters streamed from host memory, with fewer and fewer tokens a step; the
     memory is pinned and the weights are drawn once."""
     sizes = [4, 2, 1] if toy else SWEEP
     shape = TOY if toy else SHAPES["6p7b"] | {"sequence_length": 2048}
-    keys = {"engine": "streaming", "stream_to": "ram", "activation_checkpointing": True}
+    # another size is compiled for itself, as in a run of its own
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    keys = {"engine": "streaming", "stream_to": "ram", "host_memory": host_memory}
+    keys |= {"memory_limit": memory_limit, "micro_batch_size": min(MICRO_BATCH, sizes[0])}
+    keys["activation_checkpointing"] = activation_checkpointing is not False
     with TemporaryDirectory() as folder:
         planned = resolve(Configuration(**shape, **keys, batch_size=sizes[0], out_dir=folder), {})
         print(describe(planned), flush=True)
         begin = time.perf_counter()
-        engine = open_engine(planned.config)
+        engine = open_engine(planned.config, blocks_on_device=planned.blocks_on_device)
         engine.initialize()
         tell(out, name="begin", seconds=time.perf_counter() - begin)
         for size in sizes:
@@ -253,7 +326,8 @@ def streamed(engine: Engine, planned: Plan, size: int, out: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     steps = engine.run(RandomBatches(config), 0, 3, lambda fraction: None)
     seconds = [stats.seconds for stats in steps]
-    forecast, tokens = make_plan(config, planned.machine), size * config.sequence_length
+    forecast = make_plan(config, planned.machine, blocks=planned.blocks_on_device)
+    tokens = size * config.sequence_length
     tell(
         out,
         name="sweep",
@@ -267,10 +341,11 @@ def streamed(engine: Engine, planned: Plan, size: int, out: str) -> None:
 
 
 def profiled(engine: Engine, size: int, out: str) -> None:
-    """The trace of a step, and for how much of it each stream was busy."""
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
+    """The trace of what runs on the device in a step, and for how much of it each stream was
+    busy."""
     trace = Path(out, "trace.json.gz")
-    with profile(activities=kinds) as profiler:
+    kind = ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU
+    with profile(activities=[kind]) as profiler:
         batches = RandomBatches(with_sequences(engine.config, size))
         list(engine.run(batches, 0, 1, lambda fraction: None))
     profiler.export_chrome_trace(str(trace))

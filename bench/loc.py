@@ -1,5 +1,5 @@
 """Counts code lines, without blanks, comments and docstrings: the core six files, the rest of the
-root and each folder of the product, beside the original's six files."""
+root and each folder of the product, and the original's six files."""
 
 import ast
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ["model.py", "train.py", "eval.py", "sample.py", "configuration.py", "dataset.py"]
-FOLDERS = ("engines", "planner", "runtime", "data")
+FOLDERS = ("common", "weights", "engines", "planner", "runtime", "data")
 ORIGINAL, MEGATRON = 565, 20_507  # gigaGPT's six files, and Megatron-LM, by the original's README
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 

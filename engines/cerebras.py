@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.console import UserError
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.base import Engine, Read, Report, StepStats, Watch
@@ -44,8 +45,7 @@ from engines.optimizer import (
 )
 from loss import IGNORE
 from model import GPT, derive_seed
-from runtime.checkpoint import write_error
-from runtime.console import UserError
+from weights.checkpoint import write_error
 
 PROGRAM = Path(__file__).resolve().parents[1]
 # At Ctrl-C these cancel what they wait for; we go on to the next checkpoint
@@ -77,8 +77,6 @@ class CerebrasEngine(Engine):
         self.backend = open_backend(config, self.folder)
         with self.backend.device:
             self.model = GPT(config)
-        # the compiler cuts the batch to what fits: a loop over chunks would only be unrolled
-        self.model.loss_rows = config.batch_size * config.sequence_length + 1
         if self.backend.is_csx:  # it draws its own masks: a seed for each step is another graph
             self.model.seed_dropout = lambda seed, layer: None
             torch.manual_seed(config.seed)

@@ -3,12 +3,11 @@
 import copy
 
 import torch
-from torch import Tensor
 
 from configuration import Configuration
 from dataset import Batch
 from engines.base import Engine, Limits, Report, hidden_gradients, micro_batches, prepare_compute
-from engines.optimizer import clip_divisor, is_applied, make_optimizer, square_sum
+from engines.optimizer import MOMENTS, clip_divisor, is_applied, make_optimizer, square_sum
 from model import derive_seed
 
 
@@ -28,19 +27,33 @@ class ResidentEngine(Engine):
             for parameter in self.model.parameters():
                 parameter.grad_dtype = torch.float32  # bf16 sums of micro-batches lose digits
         prepare_compute(self.config, self.model, self.training)
+        if self.training:
+            self._open_moments()
+
+    def _open_moments(self) -> None:
+        """Make the moments now: made in the first step, they would leave holes in its memory."""
+        for weight in self.weights.values():
+            state = self.optimizer.state[weight]
+            if not state:
+                state["step"] = torch.tensor(0.0, device=weight.device)
+                state.update({moment: torch.zeros_like(weight) for moment in MOMENTS})
 
     def step(
-        self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report
+        self, step: int, batch: Batch, rate: float, limits: Limits, report_progress: Report
     ) -> tuple[float, float]:
         config = self.config
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._open_tables()
+        tokens = batch.targets.size
+        done = 0
         for i, (ids, targets) in enumerate(micro_batches(config, self.device, batch)):
             seed = derive_seed(config.seed, step, i)
             with hidden_gradients(self.model.decoder.parameters()):
-                part = self.model(ids, targets, seed, batch.targets.size)
+                part = self.model(ids, targets, seed, tokens)
             part.backward()
             loss += part.detach()
-            progress(min(1.0, (i + 1) * config.micro_batch_size / len(batch.ids)))
+            done += len(ids)
+            report_progress(done / len(batch.ids))
         gradients = [parameter.grad for parameter in self.model.parameters()]
         norm = square_sum(gradients).sqrt()
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
@@ -57,15 +70,20 @@ class ResidentEngine(Engine):
         self.optimizer.zero_grad()
         return loss.item(), norm.item()
 
+    def _open_tables(self) -> None:
+        """Give the tables their gradients before the step: each micro-batch adds in place."""
+        for table in {self.model.embedding.tokens.weight, self.model.table}:
+            if not hasattr(table, "main_grad"):
+                table.main_grad = torch.empty_like(table, dtype=torch.float32)
+            table.grad = table.main_grad.zero_()  # in the same memory in every step
+
     @torch.no_grad()
     def _refresh(self) -> None:
         """Copies the weights into the bf16 model."""
         if self.config.precision == "bf16":
             torch._foreach_copy_(list(self.model.parameters()), list(self.weights.values()))
 
-    def sum_losses(self, batch: Batch) -> Tensor:
-        parts = micro_batches(self.config, self.device, batch)
-        return torch.stack([self.model(ids, targets) for ids, targets in parts]).double().sum()
-
     def close(self) -> None:
-        self.model = self.weights = self.optimizer = None
+        self.model = None
+        self.weights = None
+        self.optimizer = None

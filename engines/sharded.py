@@ -35,7 +35,8 @@ class ShardedEngine(Engine):
 
     def __init__(self, config: Configuration, training: bool = True):
         super().__init__(config, training)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
         if config.backend == "GPU":
             local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
             self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -54,7 +55,8 @@ class ShardedEngine(Engine):
         self.optimizer = make_optimizer(config, self.weights.values())
 
     def _shard(self) -> None:
-        config, policy = self.config, {"mesh": self._mesh()}
+        config = self.config
+        policy = {"mesh": self._mesh()}
         if config.precision == "bf16":
             policy["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         if config.offload:
@@ -67,7 +69,8 @@ class ShardedEngine(Engine):
             module.set_force_sum_reduction_for_comms(True)
 
     def _mesh(self) -> DeviceMesh:
-        """Copies × shards, or the shards of one copy; lost connections are noticed in time."""
+        """Returns copies × shards, or the shards of one copy; lost connections are noticed in
+        step_timeout."""
         timeout = timedelta(seconds=self.config.step_timeout)
         self.group = dist.new_group(timeout=timeout)
         if self.shards == self.size:
@@ -84,7 +87,7 @@ class ShardedEngine(Engine):
         return [module for module in self.model.modules() if hasattr(module, "reshard")]
 
     def rows(self, name: str) -> slice:
-        """This process's rows, as FSDP2 cuts them (torch.chunk)."""
+        """Returns this process's rows, as FSDP2 cuts them (torch.chunk)."""
         count = self.weights[name].shape[0]
         rows = -(-count // self.shards)
         begin = min(self.shard * rows, count)
@@ -94,14 +97,16 @@ class ShardedEngine(Engine):
         return tensor.detach().to_local()
 
     def step(
-        self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report
+        self, step: int, batch: Batch, rate: float, limits: Limits, report_progress: Report
     ) -> tuple[float, float]:
-        loss = self._accumulate(self._pad(batch), step, progress)
-        squares = square_sum([self.local(weight.grad) for weight in self.weights.values()])
+        loss = self._accumulate(self._pad(batch), step, report_progress)
+        gradients = [self.local(weight.grad) for weight in self.weights.values()]
+        squares = square_sum(gradients)
         # one sum over the processes; every copy has the same gradients
         sums = torch.stack([loss, squares.to(self.device) * self.shards / self.size])
         dist.all_reduce(sums, group=self.group)
-        loss, norm = sums[0].item(), sums[1].sqrt().item()
+        loss = sums[0].item()
+        norm = sums[1].sqrt().item()
         if is_applied(loss, norm, limits):
             clip = clip_divisor(self.config, torch.tensor(norm, dtype=torch.float64))
             self.optimizer.grad_scale = clip.to("cpu" if self.config.offload else self.device)
@@ -113,12 +118,15 @@ class ShardedEngine(Engine):
         return loss, norm
 
     def _pad(self, batch: Batch) -> Batch:
-        """As many rows for every process: each takes part in every gathering of weights."""
+        """Pads to as many rows as any process has: each takes part in every gathering."""
         missing = ((0, self.sequences - len(batch.ids)), (0, 0))
-        targets = np.pad(batch.targets, missing, constant_values=IGNORE)
-        return Batch(np.pad(batch.ids, missing), targets, batch.offsets)
+        return Batch(
+            ids=np.pad(batch.ids, missing),
+            targets=np.pad(batch.targets, missing, constant_values=IGNORE),
+            offsets=batch.offsets,
+        )
 
-    def _accumulate(self, batch: Batch, step: int, progress: Report) -> Tensor:
+    def _accumulate(self, batch: Batch, step: int, report_progress: Report) -> Tensor:
         """Leaves the gradient of the mean loss in the shards; returns this process's part of it."""
         config = self.config
         tokens = config.batch_size * config.sequence_length
@@ -129,19 +137,19 @@ class ShardedEngine(Engine):
             if not config.reshard_after_forward:
                 self.model.set_requires_gradient_sync(i == count - 1)
                 self.model.set_reshard_after_backward(i == count - 1)
-            number = self.rank * count + i  # of all micro-batches of the step
-            loss = self.model(ids, targets, derive_seed(config.seed, step, number))
-            (loss / tokens).backward()
+            index = self.rank * count + i  # among all micro-batches of the step
+            seed = derive_seed(config.seed, step, index)
+            loss = self.model(ids, targets, seed, tokens)
+            loss.backward()
             total += loss.detach()
-            progress((i + 1) / count)
-        return total / tokens
+            report_progress((i + 1) / count)
+        return total
 
     def sum_losses(self, batch: Batch) -> Tensor:
-        parts = micro_batches(self.config, self.device, self._pad(batch))
-        return torch.stack([self.model(ids, targets) for ids, targets in parts]).double().sum()
+        return super().sum_losses(self._pad(batch))
 
-    def evaluate(self, data: EvalData, sequences: int, watch: Watch = iter) -> tuple[float, int]:
-        sums = torch.tensor(super().evaluate(data, sequences, watch), dtype=torch.float64)
+    def evaluate(self, data: EvalData, sequences: int, track: Watch = iter) -> tuple[float, int]:
+        sums = torch.tensor(super().evaluate(data, sequences, track), dtype=torch.float64)
         dist.all_reduce(sums)
         return sums[0].item(), int(sums[1])
 
@@ -153,5 +161,6 @@ class ShardedEngine(Engine):
             module.reshard()
 
     def close(self) -> None:
-        self.model = self.optimizer = None
+        self.model = None
+        self.optimizer = None
         self.weights.clear()

@@ -1,4 +1,4 @@
-"""The parameter store of the streaming engine: in host RAM or in files, a chunk at a time.
+"""The parameter store of the streaming engine: in memory or in files, a chunk at a time.
 
 Each layer of the model has four fp32 arrays, the kinds: weight, exp_avg, exp_avg_sq, gradient. They
 are cut into chunks; a chunk has its numbers of every kind, one after the other, so any neighbouring
@@ -20,10 +20,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from common.console import UserError
+from common.files import locked
 from engines.buffers import Array
 from engines.threads import start_threads
-from runtime.console import UserError
-from runtime.files import locked
 
 # Numbers of a kind that move at a time: 128 MB to a GPU at full rate, 16 MB to a disk's queue
 CHUNK = {"ram": 32 * 2**20, "disk": 4 * 2**20}
@@ -41,7 +41,7 @@ def padded(count: int) -> int:
 
 @dataclass
 class Chunk:
-    """Numbers of a layer in host memory: `data` is (kinds, count), some neighbouring kinds."""
+    """Numbers of a layer in memory: `data` is (kinds, count), some neighbouring kinds."""
 
     layer: str
     index: int
@@ -56,8 +56,10 @@ class Store:
     sizes: numbers of each layer, padded.
     """
 
-    def __init__(self, sizes: dict[str, int], chunk: int):
-        self.sizes, self.chunk = sizes, chunk
+    def __init__(self, sizes: dict[str, int], kinds: int, chunk: int):
+        self.sizes = sizes
+        self.kinds = kinds
+        self.chunk = chunk
         self.written = defaultdict(list)  # events or futures, by layer
         self.mutex = Lock()  # of `written`, which the engine's threads share
 
@@ -93,14 +95,18 @@ class Store:
             self.written[layer] = [one for one in self.written[layer] if one not in pending]
 
 
-class RamStore(Store):
-    """In host RAM; pinned if a GPU reads it."""
+class MemoryStore(Store):
+    """In memory: a device's, or the host's, which is pinned if a GPU reads it."""
 
-    def __init__(self, sizes: dict[str, int], kinds: int, pin: bool):
-        super().__init__(sizes, CHUNK["ram"])
-        self.kinds = kinds
+    def __init__(
+        self, sizes: dict[str, int], kinds: int, pin: bool, device: torch.device | None = None
+    ):
+        super().__init__(sizes, kinds, CHUNK["ram"])
         try:
-            self.arrays = {layer: Array(size * kinds, pinned=pin) for layer, size in sizes.items()}
+            self.arrays = {
+                layer: Array(size * kinds, device=device, pinned=pin)
+                for layer, size in sizes.items()
+            }
         except OSError as error:
             raise UserError(f"host memory: {error.strerror}; use --stream_to disk") from None
         self.pinned = all(array.pinned for array in self.arrays.values())
@@ -137,12 +143,10 @@ class DiskStore(Store):
     """
 
     def __init__(self, sizes: dict[str, int], kinds: int, pin: bool, parent: Path):
-        super().__init__(sizes, CHUNK["disk"])
-        self.kinds, self.files = kinds, {}
+        super().__init__(sizes, kinds, CHUNK["disk"])
+        self.files = {}
         # apart: a write waits for the device, and no read should wait with it
-        self.readers, self.writers = (
-            start_threads(THREADS, name, not pin) for name in ("read", "write")
-        )
+        self.readers, self.writers = (start_threads(THREADS, name) for name in ("read", "write"))
         self.sums: dict[tuple[str, int, int], int] = {}  # by layer, chunk and kind; zeros have 0
         self.free: SimpleQueue[Tensor | None] = SimpleQueue()
         self.buffers: list[Array] = []

@@ -1,5 +1,6 @@
 """Models larger than the device: weights and optimizer state are in a parameter store, in host RAM
-or on disk, and pass through the device layer by layer.
+or on disk, and pass through the device layer by layer. The state of some blocks may stay on the
+device: fetching one of these updates it there and moves nothing over the link.
 
 A step is layer-major: all micro-batches go through a layer while its weights are on the device, so
 a weight moves once forward and once backward, however large the batch. The global norm that clips
@@ -8,9 +9,10 @@ layer is fetched for the next step's forward pass: the update needs no pass of i
 
 Three threads share the work: this one computes, one fetches (and updates), one stores gradients. On
 a GPU copies in, updates and copies out have streams of their own beside the one that computes, and
-the host waits for the device once a step. Two rules keep that safe: a stream waits for the event
-after which what it reads is complete, and memory is allocated and freed by the compute thread, once
-the compute stream has waited for all who use it. On a CPU streams and events do nothing.
+the host waits for the device at the end of a step. Two rules keep that safe: a stream waits for the
+event after which what it reads is complete, and the compute thread allocates and frees the memory
+of layers and gradients, once the compute stream has waited for all who use it. On a CPU streams and
+events do nothing.
 """
 
 import math
@@ -26,18 +28,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from common.console import UserError, warn
 from configuration import Configuration
 from dataset import Batch
 from engines.base import Engine, Limits, Report, micro_batches, prepare_compute
 from engines.buffers import AHEAD, Array, HostActivations, Staging, is_separate, record
-from engines.optimizer import Update, clip_divisor, decays, is_applied, square_sum
-from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, RamStore, Store, padded
+from engines.heap import Holes, return_freed_memory
+from engines.optimizer import clip_divisor, decays, is_applied, square_sum
+from engines.store import ALL, GRADIENT, STATE, WEIGHT, DiskStore, MemoryStore, Store, padded
 from engines.threads import start_threads
+from engines.update import Update
 from model import derive_seed
-from runtime.checkpoint import KINDS
-from runtime.console import UserError, warn
+from weights.checkpoint import KINDS
 
-LAYERS_AHEAD = 2  # of a visit's, those of so many visits after it are on their way
+LAYERS_AHEAD = 2  # visits whose layers are prefetched
 ALIGNMENT = 64  # numbers: where a parameter may start in its layer's array
 
 
@@ -90,17 +94,19 @@ class Layout:
 
 
 class StreamingEngine(Engine):
-    """Holds three or four layers of the model at any time, and the activations between them."""
+    """Holds the layers of three visits at a time, the activations between layers, and the state of
+    the blocks that stay on the device."""
 
-    def __init__(self, config: Configuration, training: bool = True):
+    def __init__(self, config: Configuration, training: bool = True, blocks_on_device: int = 0):
         super().__init__(config, training)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.streams = torch.get_device_module(self.device)
-        # before the products of the compute stream, which would hold them up
+        # of high priority: the matmuls of the compute stream would delay them
         self.updates, self.copies_out = (self.streams.Stream(priority=-1) for _ in range(2))
         self.offloaded = None
         if training and is_separate(self.device) and config.activation_location == "host":
             self.offloaded = HostActivations(config, self.device, self.dtype)
+        self.holes = Holes()
         self.boundaries: dict[object, Tensor] = {}  # activations and gradients between two layers
         self.graphs: dict[tuple[int, int], tuple[Tensor, GradientEdge]] = {}
         self.weights: dict[str, Array] = {}
@@ -110,14 +116,24 @@ class StreamingEngine(Engine):
         blocks = [name for name in names if name.startswith("decoder.")]
         self.blocks = [[name] for name in blocks]
         self.embedding = names[: names.index(blocks[0])]
-        self.head = list(self.model.head_layers())
+        self.head = self.model.head_layers()
         self.first = [self.embedding, *self.blocks, self.head][: LAYERS_AHEAD + 1]
-        self.store = self._open_store()
-        numbers = min(self.store.chunk, max(self.store.sizes.values()))
-        self.fetched = Staging(numbers, self.store.kinds, self.device)
+        sizes = {name: layout.size for name, layout in self.layouts.items()}
+        # those with their state on the device, and its size; spread evenly, as fetches run two
+        # layers ahead: if these were the first, the link would have nothing to do beside them
+        self.staying = {
+            name: sizes.pop(name)
+            for i, name in enumerate(blocks)
+            if i * blocks_on_device % len(blocks) < blocks_on_device
+        }
+        kinds = 4 if training else 1
+        on_device = MemoryStore(self.staying, kinds, False, self.device)
+        store = self._open_store(sizes, kinds)
+        self.stores = dict.fromkeys(sizes, store) | dict.fromkeys(self.staying, on_device)
+        numbers = min(store.chunk, max(sizes.values()))
+        self.fetched = Staging(numbers, kinds, self.device)
         self.added = Staging(numbers, 1, self.device)
-        on_cpu = not is_separate(self.device)
-        self.fetcher, self.storer = (start_threads(1, name, on_cpu) for name in ("fetch", "store"))
+        self.fetcher, self.storer = (start_threads(1, name) for name in ("fetch", "store"))
         self.fetches: dict[str, Future] = {}  # of the layers on the device, or on their way
         # of each layer's gradient, with the event after which it is stored
         self.square_sums: dict[str, Future] = {}
@@ -125,11 +141,11 @@ class StreamingEngine(Engine):
         self.stale: set[str] = set()  # layers whose last update is not yet applied
         self.update: Update | None = None
 
-    def _open_store(self) -> Store:
-        sizes = {name: layout.size for name, layout in self.layouts.items()}
-        kinds, pin = (4 if self.training else 1), self.device.type == "cuda"
+    def _open_store(self, sizes: dict[str, int], kinds: int) -> Store:
+        """The store of the layers that do not stay on the device."""
+        pin = self.device.type == "cuda"
         if self.config.stream_to == "ram":
-            store = RamStore(sizes, kinds, pin)
+            store = MemoryStore(sizes, kinds, pin)
         else:
             folder = Path(self.config.stream_dir or self.config.out_dir)
             if self.config.stream_dir is None:
@@ -142,15 +158,15 @@ class StreamingEngine(Engine):
     # The parameter store
 
     def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
-        layout, row = self.layouts[layer], KINDS.index(kind)
+        layout, store, row = self.layouts[layer], self.stores[layer], KINDS.index(kind)
         flat = Array(layout.size).tensor
         for name, view in layout.views(flat).items():
             view.copy_(tensors[f"{layer}.{name}"])
-        for index, (begin, end) in enumerate(self.store.spans(layer)):
-            chunk = self.store.buffer(layer, index, slice(row, row + 1))
+        for index, (begin, end) in enumerate(store.spans(layer)):
+            chunk = store.buffer(layer, index, slice(row, row + 1))
             chunk.data[0].copy_(flat[begin:end])
-            self.store.give_back(chunk, self.streams.Event(), write=slice(0, 1))
-        self.store.wait(layer)
+            store.give_back(chunk, self.streams.Event(), write=slice(0, 1))
+        store.wait(layer)
 
     def ready(self) -> None:
         """Makes every parameter a view of its layer's array on the device, which has memory only
@@ -160,19 +176,20 @@ class StreamingEngine(Engine):
             _mount(self.modules[layer], layout.views(self.weights[layer].tensor))
             self.weights[layer].free()
         prepare_compute(self.config, self.model, self.training)
+        return_freed_memory()  # of what was drawn or loaded, by other threads too
 
     def get(self, layer: str, kind: str) -> dict[str, Tensor]:
-        layout, row = self.layouts[layer], KINDS.index(kind)
+        layout, store, row = self.layouts[layer], self.stores[layer], KINDS.index(kind)
         if layer in self.stale:  # fetching it applies the update
             self._request(layer)
         if layer in self.fetches:
             self._arrive(layer)
             self._release(layer)
-        self.store.wait(layer)
+        store.wait(layer)
         flat = Array(layout.size).tensor
         for index, chunk in enumerate(self._read(layer, slice(row, row + 1))):
-            flat[slice(*self.store.spans(layer)[index])] = chunk.data[0]
-            self.store.give_back(chunk, self.streams.Event())
+            flat[slice(*store.spans(layer)[index])] = chunk.data[0]
+            store.give_back(chunk, self.streams.Event())
         return {f"{layer}.{name}": view for name, view in layout.views(flat).items()}
 
     # Moving layers
@@ -209,10 +226,10 @@ class StreamingEngine(Engine):
 
     def _read(self, layer: str, kinds: slice) -> Iterator:
         """The chunks of a layer, read ahead."""
-        reads = deque()
+        store, reads = self.stores[layer], deque()
         try:
-            for index in range(len(self.store.spans(layer))):
-                reads.append(self.store.read(layer, index, kinds))
+            for index in range(len(store.spans(layer))):
+                reads.append(store.read(layer, index, kinds))
                 if len(reads) > AHEAD:
                     yield reads.popleft().result()
             while reads:
@@ -220,19 +237,20 @@ class StreamingEngine(Engine):
         finally:  # after an error: free the buffers for whoever waits for one
             for future in reads:
                 with suppress(UserError, RuntimeError):
-                    self.store.give_back(future.result(), self.streams.Event())
+                    store.give_back(future.result(), self.streams.Event())
 
     def _fetch(self, layer: str, update: Update | None, allocated: object) -> object:
         """Copies the weights to the device, chunk by chunk, and updates them if an update is
         pending. Returns the event after which they are complete."""
         weights, decaying = self.weights[layer].tensor.data, self.layouts[layer].decaying
-        self.store.wait(layer)
-        spans = self.store.spans(layer)
+        store = self.stores[layer]
+        store.wait(layer)
+        spans = store.spans(layer)
         chunks = self._read(layer, ALL if update else WEIGHT)
         with self.streams.stream(self.updates):
             self.updates.wait_event(allocated)
             for (begin, end), chunk in zip(spans, chunks, strict=True):
-                data = self.fetched.bring(chunk.data)
+                data = chunk.data if layer in self.staying else self.fetched.bring(chunk.data)
                 if update:
                     update.apply(data, decaying - begin)
                 weights[begin:end].copy_(data[0])
@@ -242,28 +260,32 @@ class StreamingEngine(Engine):
                     with self.streams.stream(self.copies_out):
                         chunk.data[STATE].copy_(data[STATE], non_blocking=True)
                     done = record(self.streams, self.copies_out)
-                self.fetched.give_back(done)
-                self.store.give_back(chunk, done, write=STATE if update else None)
+                if data is not chunk.data:
+                    self.fetched.give_back(done)
+                store.give_back(chunk, done, write=STATE if update else None)
             return record(self.streams, self.updates)
 
     def _store_gradient(
         self, layer: str, gradient: Tensor, computed: object, add: bool
     ) -> tuple[Tensor, object]:
-        """Stores a gradient, added to what is stored. Returns the sum of its squares, and the event
-        after which both are complete."""
-        self.store.wait(layer)
+        """Stores a gradient; with `add`, added to the stored one. Returns the sum of its squares,
+        and the event after which both are complete."""
+        store = self.stores[layer]
+        store.wait(layer)
         stored = self._read(layer, GRADIENT) if add else None
         with self.streams.stream(self.copies_out):
             self.copies_out.wait_event(computed)
-            for index, (begin, end) in enumerate(self.store.spans(layer)):
-                chunk = next(stored) if add else self.store.buffer(layer, index, GRADIENT)
+            for index, (begin, end) in enumerate(store.spans(layer)):
+                chunk = next(stored) if add else store.buffer(layer, index, GRADIENT)
                 part = gradient[begin:end]
-                if add:
+                if add and layer in self.staying:
+                    part += chunk.data[0]
+                elif add:
                     part += self.added.bring(chunk.data)[0]
                     self.added.give_back(record(self.streams, self.copies_out))
                 chunk.data[0].copy_(part, non_blocking=True)
                 done = record(self.streams, self.copies_out)
-                self.store.give_back(chunk, done, write=slice(0, 1))
+                store.give_back(chunk, done, write=slice(0, 1))
             squares = square_sum([gradient])
             return squares, record(self.streams, self.copies_out)
 
@@ -284,7 +306,7 @@ class StreamingEngine(Engine):
 
     def _accumulate(self, batch: Batch, step: int, progress: Report) -> tuple[float, float]:
         """Leaves the gradient of the mean loss in the store; returns that loss and the norm."""
-        # a block's backward pass is as much work as two forward passes, recomputing a third
+        # a block's backward pass is as much work as two forward passes, and recomputing is a third
         self.backward_work = 3 if self.config.activation_checkpointing else 2
         work = Work(len(batch.ids) * self.config.depth * (1 + self.backward_work), progress)
         self.square_sums.clear()
@@ -303,15 +325,18 @@ class StreamingEngine(Engine):
         """The micro-batches that go through the layers together."""
         together = self.config.stream_batch_size // self.config.micro_batch_size
         together = together if self.model.training else len(batch.ids)
-        cut = [
-            MicroBatch(ids, targets, derive_seed(self.config.seed, step, i))
-            for i, (ids, targets) in enumerate(micro_batches(self.config, self.device, batch))
-        ]
-        for begin in range(0, len(cut), together):
-            yield cut[begin : begin + together]
+        parts = []
+        for i, (ids, targets) in enumerate(micro_batches(self.config, self.device, batch)):
+            parts.append(MicroBatch(ids, targets, derive_seed(self.config.seed, step, i)))
+            if len(parts) == together:
+                yield parts
+                parts = []
+        if parts:
+            yield parts
 
     def _pass(self, parts: list[MicroBatch], tokens: int, work: Work) -> Tensor:
-        """Forward and backward; adds to the stored gradients. Returns its part of the loss."""
+        """Forward and backward; the first pass stores gradients, and the next ones add to them.
+        Returns its part of the loss."""
         forward = [self.embedding, *self.blocks, self.head]
         visits = self._visit([*forward, *reversed(self.blocks), self.embedding])
         next(visits)
@@ -357,7 +382,7 @@ class StreamingEngine(Engine):
         input with `activation_checkpointing`."""
         x = x.detach().requires_grad_()
         if self.offloaded:
-            self.offloaded.put(layer, i, x.data)  # its version stays
+            self.offloaded.put(layer, i, x.data)  # .data leaves the version that autograd checks
         y = self._block(layer, x, part)
         self.graphs[layer, i] = (x, get_gradient_edge(y))
         return self._keep(layer + 1, i, y.detach())
@@ -371,11 +396,12 @@ class StreamingEngine(Engine):
         return self._keep("gradient", i, x.grad)
 
     def _keep(self, place: object, i: int, x: Tensor) -> Tensor:
-        """Keeps what outlives its layer. On a CPU it is copied out of the heap, which it would
-        fragment, over what was there for the i-th micro-batch in the pass or step before."""
+        """Keeps what outlives its layer. On a CPU it is copied into an array that is used again for
+        the i-th micro-batch of every pass, as it would fragment the heap."""
         kept_graph = place != "gradient" and not self.config.activation_checkpointing
         if is_separate(self.device) or kept_graph:
             return x
+        self.holes.limit()
         if place not in self.boundaries:
             shape = (self.config.stream_batch_size, *x.shape[1:])
             self.boundaries[place] = Array(math.prod(shape), self.dtype).tensor.view(shape)
@@ -389,17 +415,21 @@ class StreamingEngine(Engine):
         flats = {}
         for layer in layers:
             layout, module = self.layouts[layer], self.modules[layer]
-            if layout.size in stored:  # on a CPU new memory costs more than zeros
+            if layout.size in stored:  # on a CPU faster than new memory
                 flats[layer] = stored.pop(layout.size).zero_()
             else:
                 flats[layer] = Array(layout.size, device=self.device).tensor
             for name, view in layout.views(flats[layer]).items():
-                module.get_parameter(name).grad = view
+                parameter = module.get_parameter(name)
+                parameter.grad = view
+                parameter.main_grad = view
         yield
         computed = record(self.streams, self.streams.current_stream())
         for layer in layers:
-            self.modules[layer].zero_grad()
-            add = layer in self.square_sums  # the embedding has two parts, and every pass adds one
+            for parameter in self.modules[layer].parameters():
+                parameter.grad = None
+                parameter.main_grad = None
+            add = layer in self.square_sums  # a later pass, or the embedding's second part
             flat = flats.pop(layer)
             future = self.storer.submit(self._store_gradient, layer, flat, computed, add)
             self.square_sums[layer] = future
@@ -427,7 +457,7 @@ class StreamingEngine(Engine):
 
     def last_logits(self, texts: list[Tensor], places: list[int]) -> list[Tensor]:
         outputs = self._outputs([MicroBatch(ids, ids, 0) for ids in texts])
-        return [self.model.head(x[:, place])[0] for x, place in zip(outputs, places, strict=True)]
+        return [self.model.logits(x[:, place])[0] for x, place in zip(outputs, places, strict=True)]
 
     def _outputs(self, parts: list[MicroBatch]) -> Iterator[Tensor]:
         """The last block's output for each micro-batch, while the head is on the device."""
@@ -446,10 +476,11 @@ class StreamingEngine(Engine):
         for thread in (self.fetcher, self.storer):
             thread.shutdown(cancel_futures=True)
         self.streams.synchronize()  # copies use the store's memory
-        self.store.close()
+        for store in set(self.stores.values()):
+            store.close()
         if self.offloaded:
             self.offloaded.close()
-        self.store = self.model = self.offloaded = self.fetched = self.added = None
+        self.stores = self.model = self.offloaded = self.fetched = self.added = None
         for held in (self.modules, self.weights, self.boundaries, self.graphs, self.storing):
             held.clear()
 

@@ -6,12 +6,10 @@ from threading import Barrier
 import torch
 
 
-def start_threads(count: int, name: str, share_cores: bool) -> ThreadPoolExecutor:
-    """Threads with `share_cores` where the CPU computes too: each then runs its operations alone.
-    With OpenMP teams of their own there would be more threads than cores, and OpenMP's threads then
-    sleep at each barrier, which takes a tenth of a step."""
-    if not share_cores:
-        return ThreadPoolExecutor(count, name)
+def start_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Start threads of which each runs its operations on one core. With OpenMP teams of their own
+    there would be more threads than cores, and OpenMP's threads then sleep at each barrier: a tenth
+    of a step on a CPU, and on a GPU's host checksums that wait for each other."""
     before, all_started = torch.get_num_threads(), Barrier(count)
     threads = ThreadPoolExecutor(count, name, _run_alone)
     list(threads.map(lambda _: all_started.wait(), range(count)))

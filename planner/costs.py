@@ -2,38 +2,55 @@
 docs/scale-out.md explain the arithmetic; bench/streaming.py compares it with measurements."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil, inf, log2, prod
+from math import ceil, log2, prod
 
+from common.files import checked_count, read_sealed
+from common.tokens import find_folder, sources_of
 from configuration import Configuration
-from engines.base import has_own_operations, has_sparse_lookup, loss_rows
 from engines.buffers import AHEAD
+from engines.heap import GROWTH
 from engines.store import BUFFERS, CHUNK
+from loss import chunk_size
 from planner.machine import Machine
 from planner.measure import block, sizes
-from runtime.files import count_of, read_sealed
-from runtime.tokens import find_folder
 
 # The part of its matrix multiplication rate that a step reaches (docs/performance.md)
 EFFICIENCY = {"CPU": 0.7, "GPU": 0.5}
-# Bytes of a logit with what its loss needs: itself, its log-softmax and two gradients in fp32, in
-# bf16 one more of each; on a CPU as the heap grew (docs/performance.md)
-LOGIT_BYTES = {
-    ("GPU", "fp32"): 16,
-    ("GPU", "tf32"): 16,
-    ("GPU", "bf16"): 20,
-    ("CPU", "fp32"): 29,
-    ("CPU", "bf16"): 24,
-}
-# Itself and its gradient in one place, and one in fp32, which on a CPU is of a few rows (loss.py)
-CHUNKED_LOGIT_BYTES, CACHED_LOGIT_BYTES = 8, 4
+# Bytes of a logit with what its loss needs (loss.py): in fp32 it is replaced by its gradient. In
+# bf16 it has a copy in fp32, on a CPU of a few rows alone; Cerebras's package has all at once there
+LOGIT_BYTES = {"CPU": {"fp32": 4, "bf16": 2}, "GPU": {"fp32": 4, "tf32": 4, "bf16": 8}}
+UNCHUNKED_LOGIT_BYTES = 29
 # glibc's heap fragments: multiply temporary memory by this, with and without resharding
 FRAGMENTATION = {True: 2.0, False: 1.2}
+# and it has holes that the arrays of the next micro-batch do not fit into: this part of the
+# temporary memory, up to these bytes
+HOLES = 0.7
+MOST_HOLES = 300 * 10**6
+LATER = 60 * 10**6  # bytes of the libraries that a run loads after it was planned
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
 TIERS = ("device", "host", "disk")
 OVERLAP = 0.9  # of the shorter of compute and transfer in a phase
+SPARE = 1.1  # times what comes and goes on a GPU, for fragments: blocks stay in the rest
+
+
+@dataclass
+class Phase:
+    """A part of a step, in which compute and transfer overlap: the seconds of both, and the bytes
+    that are copied to the device and from it."""
+
+    compute: float
+    transfer: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    overlap: float = OVERLAP
+
+    @property
+    def seconds(self) -> float:
+        shorter, longer = sorted((self.compute, self.transfer))
+        return longer + (1 - self.overlap) * shorter
 
 
 @dataclass
@@ -42,13 +59,10 @@ class Plan:
 
     config: Configuration
     machine: Machine
-    bytes: dict[str, int]  # needed, by tier; on a CPU the device's are the host's
-    bytes_in: int  # that a step copies to the device
-    bytes_out: int
-    phases: list[tuple[float, float]]  # of a step: seconds of compute and of transfer
-    overlap: float  # of the shorter of both runs beside the longer
-    eval_tokens: int = 0  # of an evaluation
-    eval_sequences: int = 1  # that go through the layers together
+    bytes: dict[str, int]  # needed, by tier; on a CPU those of the host count as the device's
+    phases: list[Phase]  # of a step
+    eval_sequences: int = 1  # that an evaluation sends through the layers together
+    blocks_on_device: int = 0  # blocks that are streamed, but whose state stays there
 
     @property
     def available(self) -> dict[str, int]:
@@ -56,88 +70,84 @@ class Plan:
 
     @property
     def missing(self) -> dict[str, int]:
-        """Bytes that are missing, by tier; empty if it fits."""
-        return {t: n - self.available[t] for t, n in self.bytes.items() if n > self.available[t]}
+        """Return the bytes that are missing, by tier; empty if it fits."""
+        return {
+            tier: needed - self.available[tier]
+            for tier, needed in self.bytes.items()
+            if needed > self.available[tier]
+        }
 
-    @property
-    def compute(self) -> float:
-        return sum(compute for compute, _ in self.phases)
-
-    @property
-    def transfer(self) -> float:
-        return sum(transfer for _, transfer in self.phases)
+    def total(self, name: str) -> float:
+        """Sum a field of the phases, such as `compute`, over a step."""
+        return sum(getattr(phase, name) for phase in self.phases)
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
-        return sum(max(phase) + (1 - self.overlap) * min(phase) for phase in self.phases)
+        """Return the seconds of a step."""
+        return self.total("seconds")
 
     @property
     def limit(self) -> str:
-        return "transfer" if self.transfer > self.compute else "compute"
+        return "transfer" if self.total("transfer") > self.total("compute") else "compute"
 
     @property
     def eval_seconds(self) -> float:
-        """Of an evaluation: a forward pass is a third of the work."""
-        return self.seconds * self.eval_tokens / (3 * step_tokens(self.config))
-
-    @property
-    def save_seconds(self) -> float:
-        return checkpoint_bytes(self.config) / self.machine.write
+        """Return the seconds of an evaluation, its forward pass taken for a third of a step."""
+        return self.seconds * eval_tokens(self.config) / (3 * step_tokens(self.config))
 
     @property
     def all_evals_seconds(self) -> float:
         return ceil(self.config.num_steps / self.config.eval_steps) * self.eval_seconds
 
     @property
+    def save_seconds(self) -> float:
+        return checkpoint_bytes(self.config) / self.machine.write
+
+    @property
     def run_seconds(self) -> float:
-        """Of the whole run, with its evaluations and saves."""
-        saves = ceil(self.config.num_steps / self.config.checkpoint_steps) * self.save_seconds
-        return self.seconds * self.config.num_steps + self.all_evals_seconds + saves
+        """Return the seconds of the whole run, with its evaluations and saves."""
+        saves = ceil(self.config.num_steps / self.config.checkpoint_steps)
+        steps = self.config.num_steps * self.seconds
+        return steps + self.all_evals_seconds + saves * self.save_seconds
 
 
-def make_plan(config: Configuration, machine: Machine, training: bool = True) -> Plan:
-    """The plan of a configuration without any `auto`."""
-    needs = {"streaming": streaming_bytes, "sharded": sharded_bytes}
-    tiers = needs.get(config.engine, resident_bytes)(config, machine, training)
-    share, state = rank_sequences(config) / config.batch_size, STATE_BYTES * count(config)
-    if config.engine == "sharded":
-        state /= config.shard_group_size
-    rate = EFFICIENCY[machine.backend] * machine.matmul / share
-    update = 2 * state / machine.bandwidth  # read and written once by the optimizer
-    bytes_in, bytes_out, overlap = 0, 0, OVERLAP
-    if config.engine == "streaming":  # an update is part of the next step's forward pass
-        forward, backward = moved_bytes(config)
-        bytes_in, bytes_out = (a + b for a, b in zip(forward, backward, strict=True))
-        flops = config.batch_size * config.depth * block(config).flops
-        phases = [
-            (flops / rate + update, transfer_seconds(config, machine, *forward)),
-            ((step_flops(config) - flops) / rate, transfer_seconds(config, machine, *backward)),
-        ]
+def make_plan(
+    config: Configuration, machine: Machine, training: bool = True, blocks: int | None = None
+) -> Plan:
+    """Return the plan of a configuration whose keys are all resolved. `blocks` are those whose
+    state stays on the device while the model is streamed; None: as many as fit."""
+    eval_sequences = config.batch_size
+    if config.engine == "streaming":
+        tiers = streaming_bytes(config, machine, training)
+        if blocks is None:
+            blocks = fitting_blocks(config, machine, training, tiers["device"])
+        staying = STATE_BYTES * blocks * sizes(config).block
+        tiers["device"] += staying
+        tiers["host" if config.stream_to == "ram" else "disk"] -= staying
+        phases = streaming_step(config, machine, blocks)
+        eval_sequences = config.stream_batch_size
+    elif config.engine == "sharded":
+        tiers = sharded_bytes(config, machine, training)
+        phases = [sharded_step(config, machine)]
     else:
-        phases = [(step_flops(config) / rate + update, 0.0)]
-    if config.engine == "sharded":
-        bytes_in = bytes_out = sum(exchanged_bytes(config))
-        phases = [(phases[0][0], exchange_seconds(config, machine))]
-        overlap = OVERLAP if machine.on_gpu else 0.0  # Gloo's threads share the cores
-    tiers = {tier: int(number) for tier, number in tiers.items()}
-    moved = (int(bytes_in), int(bytes_out))
-    plan = Plan(config, machine, tiers, *moved, phases, overlap, eval_tokens(config))
-    plan.eval_sequences = config.batch_size
-    if config.engine == "streaming":  # what memory is left holds the two sides of a block
-        spare = 0 if plan.missing else plan.available["device"] - plan.bytes["device"]
-        more = spare // (3 * boundary_bytes(config, 1)) // config.micro_batch_size
-        plan.eval_sequences = config.stream_batch_size + more * config.micro_batch_size
-    return plan
+        tiers = resident_bytes(config, machine, training)
+        phases = [Phase(compute_seconds(config, machine, step_flops(config)))]
+    # the optimizer reads and writes the state once; when it streams, in the next forward pass
+    state = STATE_BYTES * count(config) / (config.shard_group_size or 1)
+    phases[0].compute += 2 * state / machine.bandwidth
+    return Plan(config, machine, tiers, phases, eval_sequences, blocks or 0)
+
+
+# The model and the data
 
 
 def count(config: Configuration) -> int:
-    """The model's parameters."""
+    """Return the number of the model's parameters."""
     return sizes(config).total
 
 
 def headline(config: Configuration) -> str:
-    """What runs, and how, in a line."""
+    """Return a line that says what runs, and how."""
     return (
         f"{count(config):,} parameters, {config.engine} engine on {config.backend}, "
         f"{config.precision}, {step_tokens(config):,} tokens a step"
@@ -153,221 +163,319 @@ def step_tokens(config: Configuration) -> int:
 
 
 def rank_sequences(config: Configuration) -> int:
-    """Sequences of a batch for the rank that has most."""
+    """Return the sequences of a batch for the rank that has most."""
     return ceil(config.batch_size / config.num_systems)
 
 
-@lru_cache(maxsize=16)
-def _val_tokens(dataset: str) -> int:
+@lru_cache(maxsize=64)
+def tokens_of(folder: str, split: str) -> int:
+    """Return the tokens of a split of a dataset; 0 if it is not there."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        return count_of(read_sealed(find_folder(dataset) / "meta.json")["tokens"]["val"])
+        return checked_count(read_sealed(find_folder(folder) / "meta.json")["tokens"][split])
     return 0
 
 
+def epochs(config: Configuration) -> dict[str, float]:
+    """Return how often a run sees each source of its data that is there."""
+    weights = sources_of(config.dataset)
+    tokens = step_tokens(config) * config.num_steps / sum(weights.values())
+    there = {name: tokens_of(name, "train") for name in weights}
+    return {name: tokens * weights[name] / size for name, size in there.items() if size}
+
+
 def eval_tokens(config: Configuration) -> int:
-    """Tokens of an evaluation; 0 if the dataset is not there."""
-    most = inf if config.eval_batches is None else config.eval_batches * step_tokens(config)
-    return min(most, _val_tokens(config.dataset))
+    """Return the tokens of an evaluation; 0 if the dataset is not there."""
+    there = sum(tokens_of(name, "val") for name in sources_of(config.dataset))
+    if config.eval_batches is None:
+        return there
+    return min(there, config.eval_batches * step_tokens(config))
 
 
 # Bytes, by tier
 
 
-def number_bytes(config: Configuration) -> int:
-    """Of a number that the model computes with."""
+def element_bytes(config: Configuration) -> int:
+    """Return the bytes of an element in the precision that the model computes with."""
     return 2 if config.precision == "bf16" else 4
 
 
 def boundary_bytes(config: Configuration, sequences: int) -> int:
-    """Of the activations between two blocks."""
-    return sequences * config.sequence_length * config.width * number_bytes(config)
+    """Return the bytes of the activations between two blocks."""
+    return sequences * config.sequence_length * config.width * element_bytes(config)
 
 
-def head_bytes(config: Configuration, training: bool = True) -> int:
-    """The logits of `loss_rows` positions with what their loss needs, the table's gradient, and
-    where a lookup is not sparse, its gradient and its copy of the table in fp32."""
-    size = config.micro_batch_size or config.batch_size  # the cerebras engine on a CPU
-    rows, each = config.sequence_length * size, None
-    if config.engine != "cerebras" and rows >= loss_rows(config):
-        chunked = CACHED_LOGIT_BYTES if has_own_operations(config) else CHUNKED_LOGIT_BYTES
-        rows, each = loss_rows(config), chunked if training else None
-    logits = (each or LOGIT_BYTES[config.backend, config.precision]) * rows * config.vocab_size
-    tables = (1 if has_sparse_lookup(config) else 3) if training else 0
-    return logits + tables * 4 * config.vocab_size * config.width
+def kept_bytes(config: Configuration) -> int:
+    """Return the bytes that a block keeps of a micro-batch for its backward pass."""
+    return config.micro_batch_size * block(config).kept_bytes
 
 
-def resident_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
-    each = (STATE_BYTES if training else 4) + (2 if config.precision == "bf16" else 0)
-    sequences = config.micro_batch_size or config.batch_size  # the cerebras engine on a CPU
-    activations = sequences * block(config).kept_bytes * (config.depth if training else 1)
-    device = count(config) * each + activations + head_bytes(config, training)
-    return _tiers(machine, device, 0, 0)
+def passing_bytes(config: Configuration) -> int:
+    """Return the bytes that come and go while a micro-batch is in a block, beside those kept."""
+    one = block(config)
+    gradient = sizes(config).matrix * element_bytes(config)
+    if config.precision == "bf16":
+        gradient += 4 * sizes(config).matrix  # its sum is in fp32
+    return config.micro_batch_size * (one.peak_bytes - one.kept_bytes) + gradient
 
 
-def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
-    """The largest of what the phases of a step need (docs/streaming.md)."""
-    size, number = sizes(config), number_bytes(config)
-    two, three = (min(n, config.depth) * size.block for n in (2, 3))
-    boundary = boundary_bytes(config, config.stream_batch_size)
-    one = block(config).kept_bytes * config.micro_batch_size
-    matrix = size.matrix * (number + (4 if number == 2 else 0))  # a matrix's own gradient
-    heap = 1 if machine.on_gpu else FRAGMENTATION[False]
-    inputs, kept = 0, 0
-    if training and config.activation_checkpointing:
-        inputs = config.depth * boundary
-    elif training:
-        kept = config.stream_batch_size * block(config).kept_bytes * config.depth
-        kept *= heap
-    on_host = inputs and config.activation_location == "host"
-    on_device = kept + (0 if on_host else inputs)
-    in_fp32 = number == 2 and not has_sparse_lookup(config)
-    lookup = 4 * config.vocab_size * config.width if in_fp32 else 0
-    ends = max(size.embedding, size.head)
-    weights = number * max(three, ends + two)  # of a visit and of those two ahead
-    phases = [
-        weights + 2 * boundary + on_device,
-        number * (size.embedding + two) + lookup + 2 * boundary,
-        number * (size.head + two) + heap * head_bytes(config, training) + 2 * boundary,
-    ]
-    phases[0] += 0 if kept else one
-    phases[2] += on_device
-    if training:
-        gradients = 4 * max(two, ends + size.block)
-        phases[2] += 4 * size.head
-        phases.append(weights + gradients + boundary + one + matrix + on_device)
-    largest, kinds = max(size.block, ends), 4 if training else 1
-    chunk = 4 * min(CHUNK[config.stream_to], largest)
-    staging = (AHEAD + 1) * (kinds + 1) * chunk
-    state = count(config) * (STATE_BYTES if training else 4)
-    # an array of a layer, and a tensor for it, when it is loaded or saved
-    whole = 4 * largest + 4 * size.matrix
-    host = config.depth * boundary if on_host else 0
-    host += state if config.stream_to == "ram" else BUFFERS * kinds * chunk
+def loss_bytes(config: Configuration) -> int:
+    """Return the bytes of the logits that exist at one time, with what their loss needs."""
+    positions = config.sequence_length * config.micro_batch_size
+    if config.engine == "cerebras":
+        return UNCHUNKED_LOGIT_BYTES * positions * config.vocab_size
+    device = "cpu" if config.backend == "CPU" else "cuda"
+    rows = min(positions, chunk_size(device, config.vocab_size))
+    return LOGIT_BYTES[config.backend][config.precision] * rows * config.vocab_size
+
+
+def table_bytes(config: Configuration) -> int:
+    """Return the bytes of the gradient of the embedding's table, in fp32."""
+    return 4 * config.vocab_size * config.width
+
+
+def tier_bytes(
+    config: Configuration, machine: Machine, device: float, host: float = 0, disk: float = 0
+) -> dict[str, int]:
+    """Return the bytes in each tier, with those of the program and of a batch of ids."""
+    ids = rank_sequences(config) * config.sequence_length
+    host += 4 * ids + 64 * rank_sequences(config) + machine.program
     if machine.on_gpu:
-        device, host = max(phases) + staging, host + whole
+        device += 8 * ids
+        host += 8 * ids
     else:
-        device = max(*phases, whole + on_device - kept)
-    return _tiers(machine, device, host, state if config.stream_to == "disk" else 0)
+        device += host + LATER
+        host = 0
+    return {"device": int(device), "host": int(host), "disk": int(disk)}
 
 
-def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
-    """What each rank needs (docs/scale-out.md)."""
-    size, number = sizes(config), number_bytes(config)
-    state = (STATE_BYTES if training else 4) * size.total / config.shard_group_size
-    largest, two = max(size.block, size.outside), min(2, config.depth) * size.block
-    device = number * ((size.outside + two) if config.reshard_after_forward else size.total)
-    device += number * largest  # gathered weights come in one piece and are then copied
+def resident_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, int]:
+    """Return the bytes of the weights, of their state and of a micro-batch in all blocks."""
+    each = STATE_BYTES if training else 4
+    if config.precision == "bf16":
+        each += 2
+    temporary = max(kept_bytes(config), loss_bytes(config))
+    if training:
+        temporary = max(passing_bytes(config), loss_bytes(config))
+        temporary += config.depth * kept_bytes(config)
+    temporary = heap_bytes(temporary, machine)
+    return tier_bytes(config, machine, each * count(config) + temporary)
+
+
+def heap_bytes(temporary: float, machine: Machine) -> float:
+    """Return the bytes that the heap takes for arrays that come and go."""
+    if machine.on_gpu:
+        return temporary
+    return FRAGMENTATION[False] * temporary + min(HOLES * temporary, MOST_HOLES)
+
+
+def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, int]:
+    """Return the bytes of the phase of a pass that needs most, and of the parameter store."""
+    size = sizes(config)
+    ends = max(size.embedding, size.head)
+    each = STATE_BYTES if training else 4
+    state = each * count(config)
+    chunk = min(CHUNK[config.stream_to], max(size.block, ends))  # elements
+    device = max(streaming_phases(config, machine, training).values())
+    host = state if config.stream_to == "ram" else BUFFERS * each * chunk
+    disk = state if config.stream_to == "disk" else 0
+    # a block and an end that are drawn or loaded, 8 bytes a parameter
+    drawn = 8 * (size.block + ends)
+    if not machine.on_gpu:
+        return tier_bytes(config, machine, max(device, drawn), host, disk)
+    device += (AHEAD + 1) * (each + 4) * chunk  # staging, of all kinds and of gradients
+    host += drawn
+    if training and config.activation_checkpointing and config.activation_location == "host":
+        host += config.depth * boundary_bytes(config, config.stream_batch_size)
+    return tier_bytes(config, machine, device, host, disk)
+
+
+def fitting_blocks(config: Configuration, machine: Machine, training: bool, needed: float) -> int:
+    """Return how many blocks' state fits on a GPU beside what training needs there: none if inputs
+    of blocks are offloaded, as these take as long to return as the state to arrive."""
+    if not (training and machine.on_gpu) or config.activation_location == "host":
+        return 0
+    fitting = (machine.device - SPARE * needed) / (STATE_BYTES * sizes(config).block)
+    return max(0, min(config.depth, int(fitting)))
+
+
+def streaming_phases(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
+    """Return the bytes of the tensors on the device in each phase of a pass (docs/streaming.md)."""
+    size = sizes(config)
+    element = element_bytes(config)
+    boundary = boundary_bytes(config, config.stream_batch_size)
+    two_blocks = min(2, config.depth) * size.block  # that are fetched ahead
+    ends = max(size.embedding, size.head)
+    visited = max(min(3, config.depth) * size.block, ends + two_blocks)
+
+    inputs = 0  # what is kept of every block
+    in_block = passing_bytes(config) + kept_bytes(config)
+    if training and not config.activation_checkpointing:
+        inputs = config.depth * config.stream_batch_size * block(config).kept_bytes
+        in_block = passing_bytes(config)
+    elif training and config.activation_location != "host":
+        inputs = config.depth * boundary
+    common = 16 * config.stream_batch_size * config.sequence_length
+    if config.activation_checkpointing and not machine.on_gpu:
+        common += GROWTH
+
+    # elements of weights and of fp32 gradients, boundaries, bytes beside what is kept
+    head_gradient = size.head if training else 0
+    phases = {
+        "embedding": (size.embedding + two_blocks, 0, 2, 0),
+        "forward": (visited, 0, 2, in_block),
+        "head": (size.head + two_blocks, head_gradient, 2, loss_bytes(config)),
+    }
+    if training:
+        lookup = 8 * config.micro_batch_size * config.sequence_length * config.width
+        if machine.on_gpu:
+            lookup = table_bytes(config)
+        gradients = max(two_blocks, ends + size.block)
+        phases["backward"] = (visited, gradients, 1, in_block)
+        gradients = size.block + size.embedding
+        phases["lookup"] = (size.embedding + two_blocks, gradients, 1, lookup)
+    return {
+        name: element * weights
+        + 4 * gradients
+        + boundaries * boundary
+        + heap_bytes(inputs + other, machine)
+        + common
+        for name, (weights, gradients, boundaries, other) in phases.items()
+    }
+
+
+def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, int]:
+    """Return the bytes that each rank needs (docs/scale-out.md)."""
+    size = sizes(config)
+    element = element_bytes(config)
+    largest = max(size.block, size.outside)
     boundary = boundary_bytes(config, config.micro_batch_size)
-    one = config.micro_batch_size * block(config).kept_bytes
-    if not training:
-        device += one + 2 * boundary
+    state = (STATE_BYTES if training else 4) * size.total / config.shard_group_size
+    gathered = size.total
+    if config.reshard_after_forward:
+        gathered = size.outside + min(2, config.depth) * size.block
+    device = element * (gathered + largest)  # they come in one piece and are then copied
+    device += loss_bytes(config)
+    if training:
+        device += element * size.outside + (element + 4) * largest  # gradients on their way
+        device += sum_bytes(config)
+        # gradients of the table: the loss's, a GPU's lookup's, and one on its way to the sum
+        device += (3 if machine.on_gpu else 1) * table_bytes(config)
+        if config.activation_checkpointing:
+            device += config.depth * boundary + kept_bytes(config)
+        else:
+            device += config.depth * kept_bytes(config)
     else:
-        device += config.depth * (boundary if config.activation_checkpointing else one)
-        device += one if config.activation_checkpointing else 0
-        device += number * size.outside + (number + 4) * largest  # gradients on their way
-        if rank_sequences(config) > config.micro_batch_size:  # and what they are added to
-            if not config.reshard_after_forward:
-                device += 4 * size.total
-            elif config.shard_group_size < config.num_systems:
-                device += 4 * size.total / config.shard_group_size
-    device += head_bytes(config, training)
+        device += kept_bytes(config) + 2 * boundary
     if not machine.on_gpu:
         device *= FRAGMENTATION[config.reshard_after_forward]
-    if config.offload:  # weights and gradients are pinned
-        pinned = 2 * (_pinned_bytes(config) - 4 * size.total / config.shard_group_size)
-        return _tiers(machine, device + 4 * largest, state + pinned, 0)
-    return _tiers(machine, device + state, 0, 0)
+    if not config.offload:
+        return tier_bytes(config, machine, device + state)
+    # the shards of weights and gradients are pinned, which rounds each up to a power of two
+    shards = ((ceil(rows / config.shard_group_size), *rest) for rows, *rest in size.shapes)
+    pinned = 2 * sum(2 ** ceil(log2(4 * prod(shape))) for shape in shards)
+    unpinned = state - 8 * size.total / config.shard_group_size
+    return tier_bytes(config, machine, device + 4 * largest, unpinned + pinned)
 
 
-def _pinned_bytes(config: Configuration) -> int:
-    """Of the fp32 shards of the weights: pinning rounds each up to a power of two."""
-    shards = ((ceil(s[0] / config.shard_group_size), *s[1:]) for s in sizes(config).shapes)
-    return sum(2 ** ceil(log2(4 * prod(shape))) for shape in shards)
+def sum_bytes(config: Configuration) -> float:
+    """Return the bytes in which a rank of the sharded engine sums gradients over micro-batches."""
+    if rank_sequences(config) <= config.micro_batch_size:
+        return 0
+    if not config.reshard_after_forward:
+        return 4 * count(config)
+    if config.shard_group_size < config.num_systems:
+        return 4 * count(config) / config.shard_group_size
+    return 0  # they are summed in the shards
 
 
-def _tiers(machine: Machine, device: float, host: float, disk: float) -> dict[str, float]:
-    if machine.on_gpu:
-        return {"device": device, "host": host + machine.program, "disk": disk}
-    return {"device": device + host + machine.program, "host": 0, "disk": disk}
-
-
-# Work
+# Seconds
 
 
 def step_flops(config: Configuration) -> float:
-    """FLOPs of a step: those of its blocks, and 6 a token and parameter of the head."""
+    """Return the FLOPs of a step: those of its blocks, and 6 a token and parameter of the head."""
     return 6 * step_tokens(config) * sizes(config).head + block_flops(config)
 
 
 def block_flops(config: Configuration) -> float:
-    """Of a step's blocks: the backward pass is twice the forward; recomputation comes on top."""
+    """Return the FLOPs of a step's blocks: the backward pass is twice the forward, and recomputing
+    comes on top."""
     one = block(config)
-    recomputing = config.engine in ("streaming", "sharded")
-    again = one.flops_again if recomputing and config.activation_checkpointing is True else 0
-    return config.batch_size * config.depth * (3 * one.flops + again)
+    flops = 3 * one.flops
+    if config.activation_checkpointing is True and config.engine in ("streaming", "sharded"):
+        flops += one.flops_again
+    return config.batch_size * config.depth * flops
 
 
 def flops_per_token(config: Configuration) -> int:
-    """Of training: 6 a parameter (Kaplan et al. 2020, 2.1), without attention's own products."""
+    """Return the FLOPs of training a token: 6 a parameter, the embedding's too (Kaplan et al. 2020,
+    2.1, leave these out), without attention's own products."""
     return 6 * count(config)
 
 
-def moved_bytes(config: Configuration) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Bytes that a step of the streaming engine copies to the device and from it, in its forward
-    passes, and with the loss in its backward passes.
+def compute_seconds(config: Configuration, machine: Machine, flops: float) -> float:
+    """Return the seconds in which the rank that has most does its share of these FLOPs."""
+    rank_fraction = rank_sequences(config) / config.batch_size
+    return flops * rank_fraction / (EFFICIENCY[machine.backend] * machine.matmul)
+
+
+def streaming_step(config: Configuration, machine: Machine, staying: int) -> list[Phase]:
+    """Return the forward passes of a step, and the backward passes with the loss. The state of
+    `staying` blocks is on the device."""
+    forward_flops = config.batch_size * config.depth * block(config).flops
+    flops = (forward_flops, step_flops(config) - forward_flops)
+    phases = []
+    for work, (bytes_in, bytes_out) in zip(flops, moved_bytes(config, staying), strict=True):
+        transfer = max(bytes_in, bytes_out) / machine.link
+        if config.stream_to == "disk":  # one drive does both
+            transfer = max(transfer, bytes_in / machine.read + bytes_out / machine.write)
+        compute = compute_seconds(config, machine, work)
+        phases.append(Phase(compute, transfer, bytes_in, bytes_out))
+    return phases
+
+
+def moved_bytes(config: Configuration, staying: int = 0) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the bytes that a step of the streaming engine copies to the device and from it, in its
+    forward passes, and with the loss in its backward passes.
 
     Forward the state with its update, 16 in and 12 out a parameter; backward the weight in and the
-    gradient out, 4 and 4. The embedding is fetched again at the end, and with a tied head before
-    it and has two gradients; the last block stays on the device, and each further pass fetches
-    weights and adds to gradients."""
+    gradient out, 4 and 4. The embedding is fetched again at the end; a tied one is fetched for the
+    head too, and has two gradients. The last block is still there, and each further pass fetches
+    weights and adds to gradients. The blocks whose state stays there move nothing."""
     size = sizes(config)
+    size = replace(size, blocks=size.blocks - staying * size.block)
     passes = ceil(config.batch_size / config.stream_batch_size)
-    again = size.head + (size.blocks - size.block) + size.embedding
-    gradients = size.embedding + size.blocks + size.head
-    added = passes * gradients - size.total  # what gradients are added to
-    once = size.embedding + size.blocks
-    forward = (12 * size.total + passes * 4 * once, 12 * size.total)
-    return forward, (passes * 4 * again + 4 * added, passes * 4 * gradients)
+    again = size.head + max(0, size.blocks - size.block) + size.embedding
+    gradients = passes * (size.embedding + size.blocks + size.head)
+    added = gradients - size.total  # what gradients are added to
+    forward_in = 12 * size.total + passes * 4 * (size.embedding + size.blocks)
+    backward_in = passes * 4 * again + 4 * added
+    return (forward_in, 12 * size.total), (backward_in, 4 * gradients)
 
 
-def transfer_seconds(config: Configuration, machine: Machine, inward: int, outward: int) -> float:
-    """In which the streaming engine copies so many bytes to and from the device."""
-    seconds = max(inward, outward) / machine.link
-    if config.stream_to == "disk":  # one drive does both
-        seconds = max(seconds, inward / machine.read + outward / machine.write)
-    return seconds
-
-
-def _gathers(config: Configuration) -> tuple[int, int]:
-    """How often a step of the sharded engine gathers weights, and how many of them each time."""
-    size = sizes(config)
-    if config.reshard_after_forward:
-        times = ceil(rank_sequences(config) / config.micro_batch_size)
-        return times, 2 * size.blocks + size.outside
-    return 1, size.total
-
-
-def exchanged_bytes(config: Configuration) -> tuple[float, float]:
-    """Bytes that a rank receives from those it shares a copy with, and from other copies.
+def sharded_step(config: Configuration, machine: Machine) -> Phase:
+    """Return the step of a rank, which receives weights and gradients.
 
     With reshard_after_forward the blocks are gathered twice and gradients scattered once a
-    micro-batch, without it once a step; the copies then sum theirs once a step."""
-    times, gathered = _gathers(config)
-    others = (config.shard_group_size - 1) / config.shard_group_size
-    copies = config.num_systems // config.shard_group_size
-    inside = times * others * (number_bytes(config) * gathered + 4 * count(config))
-    return inside, 2 * (copies - 1) / copies * 4 * count(config) / config.shard_group_size
-
-
-def exchange_seconds(config: Configuration, machine: Machine) -> float:
-    """Seconds of a step in which a rank's shards, and with `offload` the host's, are moved."""
-    inside, across = exchanged_bytes(config)
-    near = machine.network if config.shard_group_size <= machine.processes else machine.fabric
-    far = machine.fabric if config.num_systems > machine.processes else machine.network
-    seconds = inside / near + across / far
+    micro-batch, without it once a step; the replicas then all-reduce theirs once a step."""
+    size = sizes(config)
+    shards = config.shard_group_size
+    copies = config.num_systems // shards
+    times = 1
+    gathered = size.total
+    if config.reshard_after_forward:
+        times = ceil(rank_sequences(config) / config.micro_batch_size)
+        gathered = 2 * size.blocks + size.outside
+    per_gather = element_bytes(config) * gathered + 4 * size.total
+    from_shards = times * per_gather * (shards - 1) / shards
+    from_copies = 2 * (copies - 1) / copies * 4 * size.total / shards
+    one_machine = config.num_systems <= machine.processes
+    near = machine.network if shards <= machine.processes else machine.fabric
+    far = machine.network if one_machine else machine.fabric
+    seconds = from_shards / near + from_copies / far
     if config.offload:  # fp32 shards in and gradients out, and the update in host memory
-        times, gathered = _gathers(config)
-        moved = 4 * times * (gathered + count(config))
-        state = STATE_BYTES * count(config)
-        seconds += (moved + state) / config.shard_group_size / machine.link
-    return seconds
+        moved = 4 * times * (gathered + size.total) + STATE_BYTES * size.total
+        seconds += moved / shards / machine.link
+    received = int(from_shards + from_copies)
+    compute = compute_seconds(config, machine, step_flops(config))
+    overlap = OVERLAP if machine.on_gpu else 0.0  # Gloo's threads share the cores
+    return Phase(compute, seconds, received, received, overlap)

@@ -1,6 +1,5 @@
 """What a machine has and how fast it is: this one, measured in a second or two, or a named GPU."""
 
-import errno
 import json
 import mmap
 import os
@@ -13,20 +12,21 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from math import inf
+from math import nan
 from pathlib import Path
 
 import torch
 
+from common.console import UserError, short
+from common.files import replacing
 from configuration import Configuration
+from engines.heap import memory_now
 from planner.measure import block
-from runtime.console import UserError, short
-from runtime.files import replacing
 
-MAX_AGE = 3600  # seconds that measured rates are reused
-SAMPLE = 128 * 2**20  # bytes that are copied, written and read to measure
+STATUS = Path("/proc/self/status")  # of Linux
+SAMPLE = 32 * 2**20  # bytes that are copied, written and read to measure
 CUDA_BYTES = 3 * 2**30  # of host memory that a process with CUDA takes before it holds a model
-DRIVE = (6.9e9, 4.1e9)  # bytes/s read and written by a PCIe 4.0 drive (Samsung PM9A3, data sheet)
+DRIVE = {"read": 6.9e9, "write": 4.1e9}  # bytes/s of PCIe 4.0 (Samsung PM9A3, data sheet)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,27 @@ class Device:
     link: float
     network: float
 
-    def matmul(self, precision: str) -> float:
-        """FLOP/s; of tf32 half of bf16's, as in all of these data sheets."""
-        return {"bf16": self.bf16, "tf32": self.bf16 / 2, "fp32": self.fp32}[precision]
+    def rates(self, precision: str) -> dict[str, float]:
+        """Return rates as `Machine` names them; tf32 has half of bf16's, as in all data sheets."""
+        matmul = {"bf16": self.bf16, "tf32": self.bf16 / 2, "fp32": self.fp32}[precision]
+        return {
+            "matmul": matmul,
+            "bandwidth": self.bandwidth,
+            "link": self.link,
+            "network": self.network,
+            "fabric": FABRIC,
+        }
 
 
-GEN4, GEN5 = 25e9, 55e9  # PCIe with 16 lanes
+GEN4 = 25e9  # PCIe with 16 lanes
+GEN5 = 55e9
+C2C = 297e9  # NVLink-C2C between Grace and Hopper, of 450 (Schieffer et al. 2024, arXiv 2407.07850)
+# A data sheet's figures with sparsity are twice these. The RTX cards: of the architecture's white
+# paper, bf16 with sums in fp32; b200 and b300: an eighth of an HGX board
 DEVICES = {
+    "b300": Device(2250e12, 75e12, 288e9, 8.0e12, GEN5, 900e9),
+    "b200": Device(2250e12, 75e12, 180e9, 8.0e12, GEN5, 900e9),
+    "gh200": Device(989e12, 67e12, 96e9, 4.0e12, C2C, 450e9),
     "h200": Device(989e12, 67e12, 141e9, 4.8e12, GEN5, 450e9),
     "h100 pcie": Device(756e12, 51e12, 80e9, 2.0e12, GEN5, GEN5),
     "h100 nvl": Device(835e12, 60e12, 94e9, 3.9e12, GEN5, GEN5),
@@ -56,6 +70,10 @@ DEVICES = {
     "a100": Device(312e12, 19.5e12, 80e9, 2.0e12, GEN4, 300e9),
     "l40s": Device(362e12, 91.6e12, 48e9, 0.864e12, GEN4, GEN4),
     "l4": Device(121e12, 30.3e12, 24e9, 0.3e12, GEN4, GEN4),
+    "a10": Device(125e12, 31.2e12, 24e9, 0.6e12, GEN4, GEN4),
+    "a6000": Device(154.8e12, 38.7e12, 48e9, 0.768e12, GEN4, GEN4),
+    "rtx pro 6000": Device(503.8e12, 126e12, 96e9, 1.792e12, GEN5, GEN5),
+    "rtx 5090": Device(209.5e12, 104.8e12, 32e9, 1.792e12, GEN5, GEN5),
     "rtx 4090": Device(165e12, 82.6e12, 24e9, 1.0e12, GEN4, GEN4),
 }
 FABRIC = 50e9  # bytes/s each way of a GPU to other machines: an adapter of 400 Gb/s (ConnectX-7)
@@ -66,24 +84,24 @@ GLOO = 0.4e9  # bytes/s that a process receives from others on a CPU (docs/perfo
 @dataclass
 class Machine:
     """What one of `processes` has of a machine. Sizes in bytes, rates in bytes/s, matmul, the peak
-    matrix multiplication throughput, in FLOP/s. On a CPU `device` and `host` memory are the same;
-    `program` is what the process uses before it holds a model. `network` is the rate to processes
-    on the same machine, `fabric` to those on others."""
+    matrix multiplication throughput, in FLOP/s; a rate that is not known is nan. On a CPU `device`
+    and `host` memory are the same; `program` is what the process uses before it holds a model.
+    `network` is the rate to processes on the same machine, `fabric` to those on others."""
 
     name: str
     backend: str
     device: int
     host: int
     disk: int
-    program: int
-    matmul: float
-    bandwidth: float
-    link: float
-    read: float
-    write: float
-    network: float
-    fabric: float
-    processes: int
+    program: int = 0
+    matmul: float = nan
+    bandwidth: float = nan
+    link: float = nan
+    read: float = nan
+    write: float = nan
+    network: float = nan
+    fabric: float = nan
+    processes: int = 1
 
     @property
     def on_gpu(self) -> bool:
@@ -91,107 +109,99 @@ class Machine:
 
 
 def this_machine(config: Configuration, processes: int) -> Machine:
-    """This process's share of this machine; config has its backend and precision resolved."""
-    gpu = config.backend == "GPU"
+    """Measure this process's share of this machine, for a resolved backend and precision."""
     block(config)  # first, as what it imports is part of the program's memory
-    host = host_memory(config) // processes
-    device = int(0.95 * torch.cuda.mem_get_info()[0]) if gpu else host  # less what fragments
+    name = "this CPU"
+    memory = host_memory(config)
+    network = {"network": GLOO, "fabric": GLOO}
+    disk = free_disk(config)
+    rates = measured_rates(config)
+    if config.backend == "GPU":
+        name = torch.cuda.get_device_name(0)
+        memory = torch.cuda.mem_get_info()[0]
+        known = known_device(name)
+        network = {"network": known.network if known else rates["link"], "fabric": FABRIC}
+    return machine_share(config, name, memory, disk, processes, rates | network)
+
+
+def named_machine(name: str, config: Configuration) -> Machine:
+    """Return a machine with a GPU of DEVICES and a drive like DRIVE; host memory and disk are this
+    machine's. The words of the name may be joined by spaces, dashes, underscores or nothing."""
+    known = {key.replace(" ", ""): device for key, device in DEVICES.items()}
+    device = known.get(re.sub("[ _-]", "", name.lower()))
+    if device is None:
+        raise UserError(f"device: {name} is not known; known are {', '.join(DEVICES)}")
+    rates = device.rates(config.precision) | DRIVE
+    disk = shutil.disk_usage(store_folder(config)).free
+    return machine_share(
+        config, name, device.memory, disk, min(config.num_systems, PER_MACHINE), rates
+    )
+
+
+def machine_share(
+    config: Configuration, name: str, memory: float, disk: int, processes: int, rates: dict
+) -> Machine:
+    """Return the share of one of `processes`. memory: bytes of a CPU's host or of each GPU."""
+    on_gpu = config.backend == "GPU"
+    device = int(memory)
     if config.memory_limit is not None:
         device = parse_bytes(config.memory_limit, "memory_limit")
-        if not gpu:  # where it is the machine's
-            host = device = device // processes
-    folder = store_folder(config)
-    disk = shutil.disk_usage(folder).free
-    try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        if config.stream_dir is not None:
-            reason = f"{folder} can't be written to ({error.strerror})"
-            raise UserError(f"stream_dir: {reason}; use another") from None
-        disk = 0
-    rates = measured_rates(config.backend, config.precision, folder)
-    name = torch.cuda.get_device_name(0) if gpu else "this CPU"
-    known = known_device(name)
+    if on_gpu or config.memory_limit is not None:
+        device = int(0.95 * device)  # the rest is lost to fragments, by a few percent more or less
+    if not on_gpu:
+        device //= processes
     return Machine(
         name=name,
         backend=config.backend,
         device=device,
-        host=host,
+        host=host_memory(config) // processes if on_gpu else device,
         disk=disk,
-        program=program_bytes(gpu),
-        network=known.network if known else rates["link"] if gpu else GLOO,
-        fabric=FABRIC if gpu else GLOO,
+        program=program_bytes(on_gpu),
         processes=processes,
         **rates,
     )
 
 
 def known_device(name: str) -> Device | None:
-    """The one of DEVICES whose name is part of a GPU's own."""
-    found = (d for key, d in DEVICES.items() if re.search(rf"\b{key}\b", name.lower()))
-    return next(found, None)
-
-
-def named_machine(name: str, config: Configuration) -> Machine:
-    """A machine with a GPU of DEVICES, by its name with spaces, dashes, underscores or nothing
-    between the words, and a drive like DRIVE; host memory and disk are this machine's."""
-    known = {key.replace(" ", ""): device for key, device in DEVICES.items()}
-    device = known.get(re.sub("[ _-]", "", name.lower()))
-    if device is None:
-        raise UserError(f"device: {name} is not known; known are {', '.join(DEVICES)}")
-    memory, processes = config.memory_limit, min(config.num_systems, PER_MACHINE)
-    return Machine(
-        name=name,
-        backend="GPU",
-        device=parse_bytes(memory, "memory_limit") if memory else int(0.95 * device.memory),
-        host=host_memory(config) // processes,
-        disk=shutil.disk_usage(store_folder(config)).free,
-        program=CUDA_BYTES,
-        matmul=device.matmul(config.precision),
-        bandwidth=device.bandwidth,
-        link=device.link,
-        read=DRIVE[0],
-        write=DRIVE[1],
-        network=device.network,
-        fabric=FABRIC,
-        processes=processes,
-    )
+    """Return the one of DEVICES whose name is part of a GPU's own; those for laptops and with less
+    power are others."""
+    other = r"(?!.*\b(laptop|max-q|d)\b)"
+    for key, device in DEVICES.items():
+        if re.search(rf"\b{key}\b{other}", name.lower()):
+            return device
+    return None
 
 
 def host_memory(config: Configuration | None = None) -> int:
-    """Bytes of the machine or its container, whichever has less, without the system's share; or
-    what is configured."""
+    """Return the bytes of the machine or its container, whichever has less, without the system's
+    share; or what is configured."""
     if config is not None and config.host_memory is not None:
         return parse_bytes(config.host_memory, "host_memory")
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    if Path("/proc/self/cgroup").is_file():  # Linux; a line `0::/path` names the group
+    with suppress(OSError):  # Linux; a line `0::/path` names the group
         group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
         folder = Path("/sys/fs/cgroup", group.lstrip("/"))
-        for path in (parent / "memory.max" for parent in (folder, *folder.parents)):
-            if path.is_file() and path.read_text().strip().isdigit():
-                limits.append(int(path.read_text()))
+        for parent in (folder, *folder.parents):
+            with suppress(OSError, ValueError):  # it has no limit
+                limits.append(int((parent / "memory.max").read_text()))
     return int(0.9 * min(limits))
 
 
 def program_bytes(gpu: bool) -> int:
-    """What this process has in memory now, or what CUDA takes with it."""
-    if gpu:
-        return CUDA_BYTES
-    if Path("/proc/self/statm").is_file():
-        resident = int(Path("/proc/self/statm").read_text().split()[1])
-        return resident * os.sysconf("SC_PAGE_SIZE")
-    return peak_resident()
+    """Return what this process has in memory now, or what CUDA takes with it."""
+    return CUDA_BYTES if gpu else memory_now() or peak_resident()
 
 
 def peak_resident() -> int:
-    """Peak bytes of this process in memory."""
+    """Return the peak bytes of this process in memory."""
+    if STATUS.is_file():  # where getrusage begins with the peak of the parent
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def parse_bytes(text: str, key: str) -> int:
-    """'20GB' -> 20_000_000_000; raises UserError, which names the key, for what is not a size."""
+    """Parse '20GB' as 20_000_000_000; raise UserError, which names the key, for what is no size."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT])(i?)B", text)
     if match is None:
         raise UserError(f"{key}: {short(text)} is not a size such as 20GB or 16GiB")
@@ -200,7 +210,7 @@ def parse_bytes(text: str, key: str) -> int:
 
 
 def store_folder(config: Configuration) -> Path:
-    """Where the streaming engine's files go, or the nearest folder above that exists."""
+    """Return where the streaming engine's files go, or the nearest folder above that exists."""
     if config.stream_dir is not None:
         if not Path(config.stream_dir).is_dir():
             raise UserError(f"stream_dir: {config.stream_dir} is not a folder; make it first")
@@ -209,46 +219,48 @@ def store_folder(config: Configuration) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def measured_rates(backend: str, precision: str, folder: Path) -> dict[str, float]:
-    """Rates of this machine, as `Machine` names them; for a disk on which none can be measured
-    those of DRIVE."""
-    key = f"{backend} {precision} {torch.get_num_threads()}"
-    rates = remembered(
-        key,
-        ("matmul", "bandwidth", "link"),
-        lambda: (peak_flops(backend, precision), *measure_copies(backend)),
-    )
-    key, disk = f"disk {os.stat(folder).st_dev}", dict(zip(("read", "write"), DRIVE, strict=True))
-    with suppress(OSError):
-        disk = remembered(key, tuple(disk), lambda: measure_disk(folder))
-    return rates | disk
+def free_disk(config: Configuration) -> int:
+    """Return the bytes that the streaming engine's files may take; 0 where none can be written."""
+    folder = store_folder(config)
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        if config.stream_dir is None:
+            return 0
+        reason = f"{folder} can't be written to ({error.strerror})"
+        raise UserError(f"stream_dir: {reason}; use another") from None
+    return shutil.disk_usage(folder).free
 
 
-def remembered(
-    key: str, names: tuple[str, ...], measure: Callable[[], tuple[float, ...]]
-) -> dict[str, float]:
-    """What `measure` returns, by name, now or up to MAX_AGE ago in another process. An error that
-    it raises is not kept."""
-    path, known = rates_file(), {}
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        known = dict(json.loads(path.read_text()))
-    with suppress(LookupError, ValueError, TypeError, OverflowError):
-        rates = {name: float(known[key]["rates"][name]) for name in names}
-        if (
-            all(0 < r < inf for r in rates.values())
-            and abs(time.time() - known[key]["time"]) < MAX_AGE
-        ):
-            return rates
-    rates = dict(zip(names, measure(), strict=True))
-    with suppress(OSError, UserError):  # else it is measured again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as writing:
-            writing.write_text(json.dumps(known | {key: {"time": time.time(), "rates": rates}}))
+def measured_rates(config: Configuration) -> dict[str, float]:
+    """Return rates of this machine, as `Machine` names them, measured now, or by another process in
+    this hour. For a disk that can't be measured they are those of DRIVE, and not kept."""
+    folder = store_folder(config)
+    disk = os.stat(folder).st_dev
+    key = f"{config.backend} {config.precision} {torch.get_num_threads()} {disk}"
+    known = {"hour": time.time() // 3600}
+    with suppress(OSError, ValueError, RecursionError, AttributeError):  # it may be damaged
+        found = json.loads(rates_file().read_text())
+        if found.get("hour") == known["hour"]:
+            known = found
+    if key in known:
+        return known[key]
+    rates = measure_copies(config.backend)
+    rates["matmul"] = peak_flops(config.backend, config.precision)
+    try:
+        rates |= measure_disk(folder)
+    except OSError:
+        return rates | DRIVE
+    with suppress(OSError, UserError):  # else they are measured again
+        rates_file().parent.mkdir(parents=True, exist_ok=True)
+        with replacing(rates_file()) as writing:
+            writing.write_text(json.dumps(known | {key: rates}))
     return rates
 
 
 def rates_file() -> Path:
-    """Where measured rates are kept."""
+    """Return where measured rates are kept."""
     cache = os.environ.get("XDG_CACHE_HOME")
     with suppress(RuntimeError):  # a user may have no home
         cache = cache or Path.home() / ".cache"
@@ -256,15 +268,16 @@ def rates_file() -> Path:
 
 
 def peak_flops(backend: str, precision: str) -> float:
-    """FLOP/s of matrix matmul: the published peak of a known GPU, else measured here, now."""
-    known = known_device(torch.cuda.get_device_name(0)) if backend == "GPU" else None
-    if known is not None and precision != "fp32":
-        return known.matmul(precision)
+    """Return FLOP/s of matrix products: a known GPU's published peak, else what they reach now."""
+    if backend == "GPU" and precision != "fp32":
+        known = known_device(torch.cuda.get_device_name(0))
+        if known is not None:
+            return known.rates(precision)["matmul"]
     return measure_products(backend, precision)
 
 
 def measure_products(backend: str, precision: str) -> float:
-    """FLOP/s of a large matrix product, now."""
+    """Measure the FLOP/s of a large matrix product."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     device = "cuda" if backend == "GPU" else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -279,8 +292,9 @@ def measure_products(backend: str, precision: str) -> float:
     return max(rate(a), rate(torch.randn(4 * size, size, device=device).to(dtype).T))
 
 
-def measure_copies(backend: str) -> tuple[float, float]:
-    """bytes/s that the device's memory reads and writes in a copy, and that come from the host."""
+def measure_copies(backend: str) -> dict[str, float]:
+    """Measure the bytes/s that the device's memory reads and writes in a copy, and the bytes/s that
+    come from the host."""
     gpu = backend == "GPU"
     host = torch.ones(SAMPLE, dtype=torch.uint8, pin_memory=gpu)
     source = host.to("cuda") if gpu else host
@@ -291,18 +305,19 @@ def measure_copies(backend: str) -> tuple[float, float]:
         target[0].item()
 
     bandwidth = 2 * SAMPLE / best_of(lambda: copy(source), 0.1)
-    return bandwidth, SAMPLE / best_of(lambda: copy(host), 0.1) if gpu else bandwidth
+    link = SAMPLE / best_of(lambda: copy(host), 0.1) if gpu else bandwidth
+    return {"bandwidth": bandwidth, "link": link}
 
 
-def measure_disk(folder: Path) -> tuple[float, float]:
-    """bytes/s read from and written to a file there, past the page cache where that can be; OSError
-    where a file of SAMPLE bytes can't be written."""
+def measure_disk(folder: Path) -> dict[str, float]:
+    """Measure the bytes/s read from and written to a file there, past the page cache where that can
+    be; raise OSError where a file of SAMPLE bytes can't be written."""
     data = mmap.mmap(-1, SAMPLE)  # direct input and output takes whole pages
     data[:] = os.urandom(SAMPLE // 64) * 64
 
     def write() -> None:
         if os.pwrite(descriptor, data, 0) < SAMPLE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(f"{folder} is full")
         os.fsync(descriptor)
 
     with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -315,11 +330,11 @@ def measure_disk(folder: Path) -> tuple[float, float]:
             reading = best_of(lambda: os.preadv(descriptor, [data], 0), 0.2)
         finally:
             os.close(descriptor)
-    return SAMPLE / reading, SAMPLE / writing
+    return {"read": SAMPLE / reading, "write": SAMPLE / writing}
 
 
 def best_of(work: Callable[[], object], seconds: float) -> float:
-    """The shortest time that `work` took, tried for so long, and at least twice."""
+    """Return the shortest time of `work`, tried for so many seconds, and at least twice."""
     times = []
     while len(times) < 2 or sum(times) < seconds:
         begin = time.perf_counter()

@@ -1,26 +1,30 @@
 """What one block of the model keeps and computes, measured on fake tensors: a changed model.py is
 planned right. Nothing is allocated or computed."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from weakref import finalize
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration import MODEL_KEYS, Configuration
-from engines.base import has_own_operations
-from engines.lean import use_lean_norms
 from model import GPT, GPTConfig
+from ops import plain
+
+TOKENS = 2048  # that a block is measured with, or one sequence
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: outside the blocks, in the embedding and in what the head uses (a tied
-    one the embedding too), in one block, in its largest matrix, in all blocks; and the shapes of
+    """The parameters outside the blocks, in the embedding, in what the head uses (a tied one the
+    embedding too), in the largest block, in its largest matrix and in all blocks; and the shapes of
     all."""
 
     outside: int
@@ -38,25 +42,29 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Block:
-    """Of one sequence: bytes that a block keeps for the backward pass, FLOPs of its forward pass
-    and of recomputing it, which ends with the last tensor that is kept."""
+    """For each sequence the bytes that a block keeps for its backward pass, and the most that both
+    passes have; FLOPs of its forward pass, and of recomputing it, which ends with the last tensor
+    that is kept."""
 
     kept_bytes: int
+    peak_bytes: int
     flops: int
     flops_again: int
 
 
 def sizes(config: GPTConfig) -> Sizes:
-    return _sizes(_model(config))
+    """Count the parameters of a model."""
+    return _sizes(_model_keys(config))
 
 
 def block(config: Configuration) -> Block:
-    """Measures a block at the sequence length and in the precision of a configuration."""
-    bf16, lean = config.precision == "bf16", has_own_operations(config)
-    return _block(_model(config), config.sequence_length, bf16, lean)
+    """Measure a block at the sequence length and in the precision of a configuration."""
+    fused = config.backend != "CPU" or config.compile is True
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return _block(_model_keys(config), config.sequence_length, dtype, fused)
 
 
-def _model(config: GPTConfig) -> tuple:
+def _model_keys(config: GPTConfig) -> tuple:
     return tuple((key, getattr(config, key)) for key in MODEL_KEYS)
 
 
@@ -64,45 +72,91 @@ def _model(config: GPTConfig) -> tuple:
 def _sizes(keys: tuple) -> Sizes:
     with torch.device("meta"):
         model = GPT(GPTConfig(**dict(keys)))
-    counts = {n: sum(p.numel() for p in m.parameters()) for n, m in model.layers().items()}
+    counts = {
+        name: sum(parameter.numel() for parameter in layer.parameters())
+        for name, layer in model.layers().items()
+    }
     blocks = [count for name, count in counts.items() if name.startswith("decoder.")]
-    shapes = tuple(parameter.shape for parameter in model.parameters())
-    matrix = max(parameter.numel() for parameter in model.decoder[0].parameters())
-    ends = (sum(counts.values()) - sum(blocks), counts["embedding"])
-    head = sum(counts[name] for name in model.head_layers())
-    return Sizes(*ends, head, max(blocks), matrix, sum(blocks), shapes)
+    return Sizes(
+        outside=sum(counts.values()) - sum(blocks),
+        embedding=counts["embedding"],
+        head=sum(counts[name] for name in model.head_layers()),
+        block=max(blocks),
+        matrix=max(parameter.numel() for parameter in model.decoder[0].parameters()),
+        blocks=sum(blocks),
+        shapes=tuple(parameter.shape for parameter in model.parameters()),
+    )
 
 
 @lru_cache(maxsize=16)
-def _block(keys: tuple, length: int, bf16: bool, lean: bool) -> Block:
+def _block(keys: tuple, length: int, dtype: torch.dtype, fused: bool) -> Block:
     config = GPTConfig(**dict(keys))
-    dtype, kept, again = torch.bfloat16 if bf16 else torch.float32, {}, 0
     with torch.device("meta"):
         one = GPT(replace(config, depth=1)).decoder[0].to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    sequences = max(1, TOKENS // length)
+    while any(sequences * length in parameter.shape for parameter in one.parameters()):
+        sequences += 1  # activations have no shape of a parameter
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    flops_before_kept = [0]  # the FLOPs so far, without the operation that keeps a tensor
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        flops_before_kept.append(counter.get_total_flops())
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True), plain() if fused else nullcontext():
         one.to_empty(device="cpu")
-        if lean:
-            use_lean_norms(one)
-        own = {StorageWeakRef(parameter.untyped_storage()) for parameter in one.parameters()}
+        for parameter in one.parameters():
+            parameter.grad_dtype = torch.float32
+            parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
+        with Live(one) as live:
+            x = torch.empty(sequences, length, config.width, dtype=dtype, requires_grad=True)
+            with counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = one(x)
+            kept = live.now - output.nbytes
+            output.backward(torch.empty_like(output))
+    return Block(
+        kept_bytes=kept // sequences,
+        peak_bytes=live.most // sequences,
+        flops=counter.get_total_flops() // sequences,
+        flops_again=flops_before_kept[-1] // sequences,
+    )
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal again
-            again = counter.get_total_flops()  # without the operation that keeps it
-            storage = tensor.untyped_storage()
-            if (reference := StorageWeakRef(storage)) not in own:
-                kept[reference] = storage.nbytes()
-            return tensor
 
-        x = torch.empty(1, length, config.width, dtype=dtype, requires_grad=True)
-        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        with counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = one(x)  # noqa: F841 - what it keeps is counted while it lives
-    return Block(sum(kept.values()), counter.get_total_flops(), again)
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive `now`, and the `most` that there were, without
+    a module's parameters and what has their shapes, such as gradients."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        self.known = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+        shapes = {parameter.shape for parameter in module.parameters()}
+        self.shapes = shapes | {shape[::-1] for shape in shapes}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.shape not in self.shapes:
+                self._add(leaf.untyped_storage())
+        self.most = max(self.most, self.now)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.remove(key)
+        self.now -= size
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *rest, **more) -> int:
-    """A causal attention sees half of the positions on average: two products of half the size."""
-    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1]) // 2
+    """Return the FLOPs of a causal attention: two products, of which it sees half on average, so
+    that one FLOP is left of two."""
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 ATTENTION = {

@@ -1,37 +1,21 @@
 """How plans are shown: as text and as data."""
 
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import ceil
-from pathlib import Path
 
-from configuration import MODEL_KEYS, Configuration
-from planner.costs import (
-    TIERS,
-    Plan,
-    checkpoint_bytes,
-    count,
-    flops_per_token,
-    headline,
-    rank_sequences,
-    step_tokens,
-)
-from planner.machine import Machine
+from configuration import Configuration
+from planner import costs
+from planner.costs import TIERS, Plan
 from planner.search import closest, engine_plans, fewest_systems, first_fitting
-from runtime.arguments import read_yaml
-from runtime.console import UserError
 
 TIER_NAMES = {"device": "memory", "host": "host memory", "disk": "disk"}
-CURES = {
-    "device": "more memory",
-    "host": "more host memory",
-    "disk": "a larger disk (--stream_dir)",
-}
+MORE = {"device": "more memory", "host": "more host memory", "disk": "a larger disk (--stream_dir)"}
+MOST_EPOCHS = 4  # Muennighoff et al., Scaling Data-Constrained Language Models, 2023
 
 
 def size_text(number: float) -> str:
-    """12_853_386_240 -> '12.85 GB'."""
+    """Write bytes: 12_853_386_240 as '12.85 GB'."""
     for unit, name in ((1e12, "TB"), (1e9, "GB")):
         if number >= unit:
             return f"{number / unit:.2f} {name}"
@@ -39,36 +23,56 @@ def size_text(number: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """90 -> '90 s', 9000 -> '2.5 h', 900000 -> '10.4 days'."""
-    for unit, name in ((86400, "days"), (3600, "h")):
+    """Write seconds: 90 as '90 s', 9000 as '2.5 h', 900000 as '10.4 days'."""
+    for unit, name in ((365 * 86400, "years"), (86400, "days"), (3600, "h")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:,.1f} {name}"
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
+def count_text(number: int, one: str, many: str) -> str:
+    """Write a number of things: '1 step' or '3,000 steps'."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def on_or_off(value: bool) -> str:
+    return "on" if value else "off"
+
+
 def describe(plan: Plan) -> str:
-    """A plan that fits, in a few lines."""
-    config, lines = plan.config, [headline(plan.config)]
+    """Describe a plan that fits, in a few lines."""
+    config = plan.config
+    lines = [costs.headline(config)]
+    checkpoint = f"checkpoint: {size_text(costs.checkpoint_bytes(config))}"
     if config.backend == "CSX":
-        lines[0] += f", {config.num_systems} Cerebras system{'s' * (config.num_systems > 1)}"
-        return f"{lines[0]}; checkpoint: {size_text(checkpoint_bytes(config))}"
-    size = config.micro_batch_size or config.batch_size  # the cerebras engine on a CPU
-    micro_batches = ceil(rank_sequences(config) / size)
-    lines[0] += f" in {micro_batches} micro-batches of {size} × {config.sequence_length}"
-    recomputing = f"activation checkpointing: {'on' if config.activation_checkpointing else 'off'}"
+        return f"{lines[0]}, Cerebras systems: {config.num_systems}; {checkpoint}"
+    micro_batches = ceil(costs.rank_sequences(config) / config.micro_batch_size)
+    shape = f"{config.micro_batch_size} × {config.sequence_length}"
+    lines[0] += f" in {count_text(micro_batches, 'micro-batch', 'micro-batches')} of {shape}"
+    recomputing = f"activation checkpointing: {on_or_off(config.activation_checkpointing)}"
+    received = size_text(plan.total("bytes_in"))
+    each = ""
     if config.engine == "streaming":
+        written = size_text(plan.total("bytes_out"))
         passes = ceil(config.batch_size / config.stream_batch_size)
         lines.append(
-            f"weights and optimizer in {config.stream_to}: a step reads {size_text(plan.bytes_in)} "
-            f"and writes {size_text(plan.bytes_out)}, in {passes} pass{'es' * (passes > 1)}; "
-            f"{recomputing}"
+            f"weights and optimizer in {config.stream_to}: a step reads {received} and writes "
+            f"{written}, in {count_text(passes, 'pass', 'passes')}; {recomputing}"
+        )
+    if plan.blocks_on_device:
+        without = costs.make_plan(config, plan.machine, blocks=0)
+        moved = [each.total("bytes_in") + each.total("bytes_out") for each in (without, plan)]
+        lines.append(
+            f"{plan.blocks_on_device} of {config.depth} blocks stay on the device, which saves "
+            f"{size_text(moved[0] - moved[1])} of transfer and about "
+            f"{time_text(without.seconds - plan.seconds)} a step"
         )
     if config.engine == "sharded":
+        each = " on each"
         lines.append(
             f"{config.num_systems} processes, {config.shard_group_size} share a copy of the "
-            f"weights; reshard after forward: {'on' if config.reshard_after_forward else 'off'}, "
-            f"offload: {'on' if config.offload else 'off'}, {recomputing}; each receives "
-            f"{size_text(plan.bytes_in)} a step"
+            f"weights; reshard after forward: {on_or_off(config.reshard_after_forward)}, "
+            f"offload: {on_or_off(config.offload)}, {recomputing}; each receives {received} a step"
         )
     tiers = ", ".join(
         f"{TIER_NAMES[tier]}: {size_text(number)} of {size_text(plan.available[tier])}"
@@ -76,92 +80,84 @@ def describe(plan: Plan) -> str:
         if number
     )
     lines.append(
-        f"{tiers}{' on each' if config.num_systems > 1 else ''}, checkpoint: "
-        f"{size_text(checkpoint_bytes(config))}; about {time_text(plan.seconds)} a step, "
-        f"{time_text(plan.run_seconds)} for {config.num_steps:,} steps"
+        f"{tiers}{each}, {checkpoint}; about {time_text(plan.seconds)} a step, "
+        f"{time_text(plan.run_seconds)} for {count_text(config.num_steps, 'step', 'steps')}"
     )
+    if seen := costs.epochs(config):
+        lines.append("epochs: " + ", ".join(f"{n:.3g} of {name}" for name, n in seen.items()))
     return "\n".join(lines)
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What is probably a mistake, a line each."""
-    config, lines = plan.config, []
-    evaluating, training = plan.all_evals_seconds, plan.seconds * config.num_steps
-    if evaluating > training:
+    """Return what is probably a mistake, a line each."""
+    config = plan.config
+    lines = [
+        f"{name} is seen {number:.1f} times, and repeated text adds little above {MOST_EPOCHS}: "
+        f"lower num_steps or its weight, or prepare more"
+        for name, number in costs.epochs(config).items()
+        if number > MOST_EPOCHS
+    ]
+    evaluating = plan.all_evals_seconds
+    training = plan.seconds * config.num_steps
+    if evaluating > max(60, training):  # seconds
         lines.append(
             f"evaluations take about {time_text(evaluating)} in all, training "
             f"{time_text(training)}; lower --eval_batches or raise --eval_steps"
         )
-    if config.warmup_steps >= config.num_steps:
+    if config.warmup_steps > config.num_steps:
         lines.append(
-            f"warmup_steps {config.warmup_steps} is not below num_steps {config.num_steps}: the "
+            f"warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}: the "
             f"learning rate never reaches its peak"
         )
     return lines
 
 
 def refusal(config: Configuration, plans: list[Plan], training: bool = True) -> str:
-    """Why nothing fits, and what would."""
+    """Say why nothing fits, and what would."""
     plan = closest(plans)
     smaller = replace(config, micro_batch_size=None, stream_batch_size=None)
-    if smaller != config:
-        fitting = first_fitting(engine_plans(smaller, plan.machine, None, training))
-        if fitting is not None:
-            key = "stream_batch_size" if config.micro_batch_size is None else "micro_batch_size"
-            most = getattr(fitting.config, key)
-            return f"{key}: {getattr(config, key)} sequences do not fit in memory, {most} do"
+    fitting = first_fitting(engine_plans(smaller, plan.machine, training))
+    if fitting is not None:
+        key = "stream_batch_size" if config.micro_batch_size is None else "micro_batch_size"
+        most = getattr(fitting.config, key)
+        return f"{key}: {getattr(config, key)} sequences do not fit in memory, {most} do"
     needs = " and ".join(
         f"{size_text(plan.bytes[tier])} of {TIER_NAMES[tier]}, there are "
         f"{size_text(plan.available[tier])}"
         for tier in plan.missing
     )
-    cures = [CURES[tier] for tier in plan.missing]
-    enough = fewest_systems(config, plan.machine, training) if plan.machine.on_gpu else None
-    if enough and enough > config.num_systems:
-        cures.insert(0, f"--num_systems {enough}")
-    cure = f"use {' or '.join(dict.fromkeys(cures))}"
-    if fitting := _largest_fitting(config, plan.machine, training):
-        cure += f"; {fitting} fits here"
+    cures = [MORE[tier] for tier in plan.missing]
+    systems = fewest_systems(config, plan.machine, training)
+    if systems and systems > config.num_systems:
+        cures.insert(0, f"--num_systems {systems}")
     return (
-        f"this model does not fit: with the {plan.config.engine} engine its {count(config):,} "
-        f"parameters need {needs}; {cure}"
+        f"this model does not fit: with the {plan.config.engine} engine its "
+        f"{costs.count(config):,} parameters need {needs}; use {' or '.join(cures)}"
     )
 
 
-def _largest_fitting(config: Configuration, machine: Machine, training: bool) -> str | None:
-    """The largest model of configs/ that fits with the other keys of a configuration."""
-    best = (0, None)
-    for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"):
-        with suppress(UserError, ValueError):  # fewer positions than the sequence has
-            values = {key: value for key, value in read_yaml(path).items() if key in MODEL_KEYS}
-            smaller = replace(config, **values)
-            between = best[0] < count(smaller) < count(config)
-            if between and first_fitting(engine_plans(smaller, machine, None, training)):
-                best = (count(smaller), f"configs/{path.name}")
-    return best[1]
-
-
-def table(plans: list[Plan], machine: Machine) -> Iterator[str]:
-    """The engines side by side, a line each."""
+def table(plans: list[Plan]) -> Iterator[str]:
+    """Yield the lines of a table of the engines."""
     config = plans[0].config
-    tokens = step_tokens(config)
-    flops = flops_per_token(config) * tokens
-    yield f"{count(config):,} parameters, {tokens:,} tokens and {flops:.3e} FLOPs a step"
+    machine = plans[0].machine
+    tokens = costs.step_tokens(config)
+    flops = costs.flops_per_token(config) * tokens
+    yield f"{costs.count(config):,} parameters, {tokens:,} tokens and {flops:.3e} FLOPs a step"
     yield (
         f"on {machine.name} ({config.precision}): {machine.matmul / 1e12:,.2f} TFLOP/s, memory "
         f"{machine.bandwidth / 1e9:,.0f}, link {machine.link / 1e9:,.0f}, disk "
-        f"{machine.read / 1e9:.1f} read and {machine.write / 1e9:.1f} write GB/s"
+        f"{machine.read / 1e9:.1f} read and {machine.write / 1e9:.1f} write GB/s\n"
     )
-    yield ""
     yield _row("", *TIERS, "step", "whole run")
-    yield _row("available", *(size_text(getattr(machine, tier)) for tier in TIERS))
+    yield _row("available", *map(size_text, plans[0].available.values()))
     for plan in plans:
-        times = (time_text(plan.seconds), time_text(plan.run_seconds))
-        missing = (f"{size_text(n)} of {TIER_NAMES[tier]}" for tier, n in plan.missing.items())
-        note = "  missing: " + " and ".join(missing) if plan.missing else ""
-        yield _row(plan.config.engine, *(size_text(plan.bytes[t]) for t in TIERS), *times) + note
-    if machine.on_gpu and (systems := fewest_systems(config, machine)):
-        yield f"without streaming or offloading it fits on {systems} or more such devices"
+        cells = [size_text(plan.bytes[tier]) for tier in TIERS]
+        cells += [time_text(plan.seconds), time_text(plan.run_seconds)]
+        missing = [f"{size_text(n)} of {TIER_NAMES[tier]}" for tier, n in plan.missing.items()]
+        note = "  missing: " + " and ".join(missing) if missing else ""
+        yield _row(plan.config.engine, *cells) + note
+    if systems := fewest_systems(config, machine):
+        yield f"such devices that it needs without streaming or offloading: {systems}"
     yield ""
 
 
@@ -170,23 +166,17 @@ def _row(name: str, *cells: str) -> str:
 
 
 def summary(plan: Plan) -> dict:
-    """The plan for other programs."""
+    """Return the plan for other programs, with the keys of its configuration."""
     config = plan.config
-    keys = ("engine", "micro_batch_size", "precision")
-    if config.engine == "streaming":
-        keys += ("stream_to", "activation_checkpointing", "activation_location")
-        keys += ("stream_batch_size",)
-    if config.engine == "sharded":
-        keys += ("num_systems", "shard_group_size", "reshard_after_forward")
-        keys += ("activation_checkpointing", "offload")
     return {
-        "parameters": count(config),
-        **{key: getattr(config, key) for key in keys},
+        **asdict(config),
+        "parameters": costs.count(config),
         "fits": not plan.missing,
         "bytes": plan.bytes,
         "missing": plan.missing,
-        "bytes_moved": {"in": plan.bytes_in, "out": plan.bytes_out},
-        "flops_per_step": flops_per_token(config) * step_tokens(config),
+        "blocks_on_device": plan.blocks_on_device,
+        "bytes_moved": {"in": plan.total("bytes_in"), "out": plan.total("bytes_out")},
+        "flops_per_step": costs.flops_per_token(config) * costs.step_tokens(config),
         "limit": plan.limit,
         "seconds_per_step": plan.seconds,
         "days": plan.run_seconds / 86400,

@@ -7,25 +7,19 @@ from itertools import product
 from math import ceil
 
 from configuration import Configuration
-from planner.costs import Plan, make_plan, rank_sequences
+from planner.costs import Plan, boundary_bytes, make_plan, rank_sequences, streaming_phases
 from planner.machine import PER_MACHINE, Machine
 
 MOST_TOKENS = {"CPU": 2048, "GPU": 32768}  # in a micro-batch: more is hardly faster
 SIMILAR = 1.02  # times as slow as the fastest: then the least memory decides
 
 
-def engine_plans(
-    config: Configuration, machine: Machine, micro_batch: int | None = None, training: bool = True
-) -> list[Plan]:
-    """The best plan of each possible engine, the preferred first. micro_batch: the size to use if
-    the configuration has none and it fits."""
-    engines = (config.engine,)
+def engine_plans(config: Configuration, machine: Machine, training: bool = True) -> list[Plan]:
+    """Return the best plan of each possible engine, the preferred first."""
+    engines = [config.engine]
     if config.engine == "auto":
-        engines = ("resident", "streaming") if config.num_systems == 1 else ("sharded",)
-    return [
-        engine_plan(replace(config, engine=engine), machine, micro_batch, training)
-        for engine in engines
-    ]
+        engines = ["resident", "streaming"] if config.num_systems == 1 else ["sharded"]
+    return [engine_plan(replace(config, engine=e), machine, training) for e in engines]
 
 
 def first_fitting(plans: list[Plan]) -> Plan | None:
@@ -33,109 +27,126 @@ def first_fitting(plans: list[Plan]) -> Plan | None:
 
 
 def closest(plans: list[Plan]) -> Plan:
-    """The one with the fewest missing bytes."""
+    """Return the plan with the fewest missing bytes."""
     return min(plans, key=lambda plan: sum(plan.missing.values()))
 
 
-def engine_plan(
-    config: Configuration, machine: Machine, micro_batch: int | None, training: bool
-) -> Plan:
-    """The fastest plan of one engine, or the closest to fitting."""
+def engine_plan(config: Configuration, machine: Machine, training: bool) -> Plan:
+    """Return the fastest plan of one engine that fits, or the closest to fitting."""
     plans = [
-        _largest(choice, machine, micro_batch, training)
-        for choice in _choices(config, machine, training)
+        largest_plan(choice, machine, training) for choice in candidates(config, machine, training)
     ]
     fitting = [plan for plan in plans if not plan.missing]
     if not fitting:
         return closest(plans)
     # host memory or other machines only where the devices of this one are not enough
-    nearest = min(_distance(plan.config) for plan in fitting)
-    fitting = [plan for plan in fitting if _distance(plan.config) == nearest]
-    best = min(plan.seconds for plan in fitting)
-    fast = [plan for plan in fitting if plan.seconds <= SIMILAR * best]
-    return min(fast, key=lambda p: (p.config.activation_location == "host", sum(p.bytes.values())))
+    near = [plan for plan in fitting if location(plan) == location(fitting[0])]
+    enough = SIMILAR * min(plan.seconds for plan in near)
+    fast = [plan for plan in near if plan.seconds <= enough]
+    best = min(fast, key=memory_used)
+    if config.engine == "streaming" and config.stream_batch_size is None:
+        best.eval_sequences = most_eval_sequences(best, training)
+    return best
 
 
-def _distance(config: Configuration) -> tuple[bool, int]:
-    """How far away a shard of the sharded engine may be."""
-    return (config.offload is True, config.shard_group_size or 0)
+def location(plan: Plan) -> tuple:
+    """Return where the sharded engine keeps its shards."""
+    return plan.config.offload, plan.config.shard_group_size
 
 
-def _choices(config: Configuration, machine: Machine, training: bool) -> Iterator[Configuration]:
-    """Every way to replace the `auto` of an engine's keys."""
-    values = {"activation_checkpointing": (False, True) if training else (True,)}
+def memory_used(plan: Plan) -> tuple:
+    """Return what similarly fast plans are ordered by: none should keep activations in host memory
+    without need."""
+    return plan.config.activation_location == "host", sum(plan.bytes.values())
+
+
+def candidates(config: Configuration, machine: Machine, training: bool) -> Iterator[Configuration]:
+    """Yield every way to replace the `auto` of an engine's keys, in order of preference."""
+    recompute = [False, True] if training else [True]
+    values = {}
     if config.engine == "streaming":
-        values["stream_to"] = ("ram", "disk")
-        values["activation_location"] = ("device", "host") if machine.on_gpu else ("device",)
-    elif config.engine == "sharded":
+        values = {
+            "activation_location": ["device", "host"] if machine.on_gpu else ["device"],
+            "stream_to": ["ram", "disk"],
+            "activation_checkpointing": recompute,
+        }
+    if config.engine == "sharded":
         groups = [config.num_systems]
-        if config.num_systems % machine.processes == 0 and machine.processes > 1:
+        if machine.processes > 1 and config.num_systems % machine.processes == 0:
             groups.insert(0, machine.processes)  # a copy of the weights on each machine
-        values["shard_group_size"] = tuple(dict.fromkeys(groups))
-        values["offload"] = (False, True) if machine.on_gpu else (False,)
-        values["reshard_after_forward"] = (False, True)
-    else:
-        values = {}
-    free = {k: v for k, v in values.items() if getattr(config, k) in ("auto", None)}
-    for choice in product(*free.values()):
-        chosen = replace(config, **dict(zip(free, choice, strict=True)))
-        # only the inputs of recomputed blocks can be on the host
-        useless = chosen.activation_location == "host" and not chosen.activation_checkpointing
-        if not useless or "activation_location" not in free:
-            yield chosen
+        values = {
+            "offload": [False, True] if machine.on_gpu else [False],
+            "shard_group_size": groups,
+            "activation_checkpointing": recompute,
+            "reshard_after_forward": [False, True],
+        }
+    free = [key for key in values if getattr(config, key) in ("auto", None)]
+    for choice in product(*(values[key] for key in free)):
+        yield replace(config, **dict(zip(free, choice, strict=True)))
 
 
-def _largest(
-    config: Configuration, machine: Machine, micro_batch: int | None, training: bool
-) -> Plan:
-    """With the largest micro-batch that fits, or 1, and as few passes as fit."""
-    if config.engine == "cerebras":
-        return make_plan(config, machine, training)
+def largest_plan(config: Configuration, machine: Machine, training: bool) -> Plan:
+    """Return the plan with the largest micro-batch that fits, or 1, and as few passes as fit."""
+    if config.engine == "cerebras":  # it has no micro-batches
+        return make_plan(replace(config, micro_batch_size=config.batch_size), machine, training)
     fast = max(1, MOST_TOKENS[machine.backend] // config.sequence_length)
     most = min(rank_sequences(config), config.stream_batch_size or config.batch_size)
-    size = min(config.micro_batch_size or micro_batch or fast, most)
-    smallest = size if config.micro_batch_size else 1
+    size = min(config.micro_batch_size or fast, most)
     while True:
-        plan = _fewest_passes(replace(config, micro_batch_size=size), machine, training)
-        if size == smallest or not plan.missing:
+        plan = fewest_passes(replace(config, micro_batch_size=size), machine, training)
+        if config.micro_batch_size or size == 1 or not plan.missing:
             return plan
-        size = max(smallest, size // 2)
+        size //= 2
 
 
-def _fewest_passes(config: Configuration, machine: Machine, training: bool) -> Plan:
-    """With the largest stream_batch_size that fits, or one micro-batch."""
+def fewest_passes(config: Configuration, machine: Machine, training: bool) -> Plan:
+    """Return the plan with the largest stream_batch_size that fits, or one micro-batch."""
     if config.engine != "streaming":
         return make_plan(config, machine, training)
-    size = config.micro_batch_size
-    micro_batches = ceil(config.batch_size / size)
+    micro_batches = ceil(config.batch_size / config.micro_batch_size)
 
-    def plan(passes: int) -> Plan:
-        together = ceil(micro_batches / passes) * size
-        return make_plan(replace(config, stream_batch_size=together), machine, training)
+    def plan(together: int) -> Plan:
+        sequences = together * config.micro_batch_size
+        return make_plan(replace(config, stream_batch_size=sequences), machine, training)
 
     if config.stream_batch_size is not None:
-        together = max(1, min(config.stream_batch_size // size, micro_batches)) * size
-        fixed = make_plan(replace(config, stream_batch_size=together), machine, training)
-        return replace(fixed, eval_sequences=together)
+        together = config.stream_batch_size // config.micro_batch_size
+        return plan(max(1, min(together, micro_batches)))
     passes = range(1, micro_batches)
-    fewest = bisect_left(passes, True, key=lambda number: not plan(number).missing)
-    return plan(fewest + 1)
+    fewest = bisect_left(passes, True, key=lambda n: not plan(ceil(micro_batches / n)).missing)
+    return plan(ceil(micro_batches / (fewest + 1)))
+
+
+def most_eval_sequences(plan: Plan, training: bool) -> int:
+    """Return how many sequences an evaluation sends through the layers together: with their sides
+    of a block they take no more memory than a step does, or if there is none, than there is."""
+    config = plan.config
+    spare = plan.available["device"] - plan.bytes["device"]
+    if training:
+        step = max(streaming_phases(config, plan.machine, True).values())
+        spare = step - max(streaming_phases(config, plan.machine, False).values())
+    more = int(spare / (3 * boundary_bytes(config, config.micro_batch_size)))
+    return config.stream_batch_size + more * config.micro_batch_size
 
 
 def fewest_systems(config: Configuration, machine: Machine, training: bool = True) -> int | None:
-    """The smallest number of such GPUs, 1 to 8 or whole machines, on which the model fits without
-    offloading; None where the batch has too few sequences."""
+    """Return the smallest number of such GPUs, 1 to 8 or whole machines, on which the model fits
+    without offloading; None where the batch has too few sequences, or on a CPU."""
 
     def fits(systems: int) -> bool:
-        here = min(systems, PER_MACHINE)
-        keys = {"num_systems": systems, "engine": "sharded", "shard_group_size": systems}
-        keys |= {"offload": False, "reshard_after_forward": True, "micro_batch_size": 1}
-        config_there = replace(config, activation_checkpointing=True, **keys)
-        plan = make_plan(config_there, replace(machine, processes=here), training)
-        return "device" not in plan.missing
+        there = replace(
+            config,
+            engine="sharded",
+            num_systems=systems,
+            shard_group_size=systems,
+            micro_batch_size=1,
+            activation_checkpointing=True,
+            reshard_after_forward=True,
+            offload=False,
+        )
+        return "device" not in make_plan(there, machine, training).missing
 
-    machines = range(2 * PER_MACHINE, config.batch_size + 1, PER_MACHINE)
-    for counts in (range(1, min(PER_MACHINE, config.batch_size) + 1), machines):
-        if (place := bisect_left(counts, True, key=fits)) < len(counts):
-            return counts[place]
-    return None
+    most = config.batch_size if machine.on_gpu else 0
+    counts = [n for n in range(1, most + 1) if n <= PER_MACHINE or n % PER_MACHINE == 0]
+    place = bisect_left(counts, True, key=fits)
+    return counts[place] if place < len(counts) else None

@@ -1,1 +1,1 @@
-"""What surrounds a run: console, files, checkpoints, metrics, processes."""
+"""What surrounds a run: where it starts, processes, records, sample texts."""

@@ -7,9 +7,10 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 
-from runtime.checkpoint import Checkpoint
-from runtime.console import UserError
+from common.console import UserError
 from runtime.metrics import perplexity, read_records
+from weights.checkpoint import Checkpoint
+from weights.hub import reading
 
 CARD = """---
 {metadata}
@@ -79,10 +80,7 @@ def push(folder: Path, repository: str) -> str:
     """Uploads the folder to a model repository of the hub, which is made if need be; returns its
     address."""
     api = HfApi()
-    try:
+    with reading(f"{folder} is written, but not pushed to {repository}"):
         url = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # of the hub, its names and the network
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} is written, but not pushed to {repository}: {reason}") from None
     return str(url)

@@ -13,44 +13,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from common.console import UserError, explain, one_line
 from configuration import Configuration
 from engines.base import find_gpu
-from runtime.console import UserError, explain
-from runtime.files import replacing
-from runtime.launch import PARENT, RESTARTED, launch
+from runtime.launch import BY_USER, FAILED, LOST, PARENT, launch
 
 # A process that does not answer for so long is lost: SHORT where all are at the same place, LONG
 # where one may be reading or writing a checkpoint; within a step it is step_timeout. These are for
 # lost machines; a lost process is noticed at once.
-SHORT, LONG = timedelta(minutes=2), timedelta(hours=1)
+SHORT = timedelta(minutes=2)
+LONG = timedelta(hours=1)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-
-
-class SharedError(UserError):
-    """An error that every process raises, whichever had it."""
 
 
 @dataclass
 class Group:
-    """The place of this process: rank of size, and how many are on this machine.
-
-    restarted: when the first attempt was started, in seconds since 1970, if this is a later one.
-    """
+    """The place of this process: rank of size, and how many are on this machine. An error in one
+    process ends it, and the launcher, or the lost connection, the others."""
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    restarted: float | None = None
+    restarted: bool = False  # by a launcher, after a process was lost
     long: object = None  # process groups, by timeout
     short: object = None
 
     def gather(self, value: object) -> list:
-        """The values of all processes, by rank; each must call it."""
+        """Returns the values of all processes, by rank; each must call it."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -62,66 +55,50 @@ class Group:
         self.gather(None)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any process; each must call it."""
+        """Returns whether it is so on any process; each must call it."""
         number = torch.tensor(int(flag))
         if self.size > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self.short)
         return bool(number)
 
     def on_first(self, function: Callable, *arguments: object) -> object:
-        """What the function returns on rank 0, for every process; its errors are shared."""
-        value, message = None, None
-        if self.rank == 0:
-            try:
-                value = function(*arguments)
-            except Exception as error:
-                if self.size == 1 or (message := explain(error)) is None:
-                    raise
-        value, message = self.gather((value, message))[0]
-        if message is not None:
-            raise SharedError(message)
-        return value
+        """Returns what the function returns on rank 0, to every process."""
+        return self.gather(function(*arguments) if self.rank == 0 else None)[0]
 
-    @contextmanager
-    def shared_errors(self) -> Iterator[None]:
-        """Raises an error that a user caused in one process in all of them; each must enter it."""
-        mine = None
-        try:
-            yield
-        except Exception as error:
-            if self.size == 1 or (mine := explain(error)) is None:
-                raise
-        messages = self.gather(mine)
-        for rank, message in enumerate(messages):
-            if message is not None:
-                where = "" if messages.count(message) == self.size else f"rank {rank}: "
-                raise SharedError(where + message)
+
+def starts_processes(config: Configuration) -> bool:
+    """Returns whether this process is to start those of the run, as no launcher did."""
+    return _processes(config) > 1 and "RANK" not in os.environ
+
+
+def _processes(config: Configuration) -> int:
+    # a Cerebras cluster needs one process, whatever the number of its systems
+    cerebras = config.backend == "CSX" or config.engine == "cerebras"
+    return 1 if cerebras else config.num_systems
 
 
 @contextmanager
 def joined(config: Configuration, training: bool = True) -> Iterator[Group]:
-    """The group of this process; the parent of started processes exits with their status."""
-    launched = "RANK" in os.environ
-    # a Cerebras cluster needs one process, whatever the number of its systems
-    cerebras = config.backend == "CSX" or config.engine == "cerebras"
-    processes = 1 if cerebras else config.num_systems
-    if processes > 1 and not launched:
+    """Yields the group of this process; the parent of started processes exits with their status."""
+    if starts_processes(config):
         sys.exit(launch(config, training))
+    launched = "RANK" in os.environ
     size = int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
     rank = int(os.environ.get("RANK", 0))
-    if size != processes:
+    if size != _processes(config):
         if rank > 0:  # rank 0 reports it
             sys.exit(1)
         raise UserError(
             f"num_systems: {config.num_systems}, but the launcher started {size} processes "
-            f"(WORLD_SIZE); have it start {processes}"
+            f"(WORLD_SIZE); have it start {_processes(config)}"
         )
     if size == 1 and config.engine != "sharded":
         yield Group()
         return
-    if os.environ.get(PARENT) and sys.platform == "linux":  # end with the parent if it is killed
+    parent = os.environ.get(PARENT)
+    if parent and sys.platform == "linux":  # end with the parent if it is killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(os.environ[PARENT]):
+        if os.getppid() != int(parent):
             sys.exit(1)
     if rank > 0:  # rank 0 alone prints
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -132,80 +109,75 @@ def joined(config: Configuration, training: bool = True) -> Iterator[Group]:
     except Exception as error:
         if size == 1:
             raise
-        _report(error, rank)
+        status = _report(error, rank)
         sys.stdout.flush()
-        os._exit(1)  # threads that still wait for other processes would delay a usual exit
+        os._exit(status)  # threads that still wait for other processes would delay a usual exit
     with suppress(RuntimeError):
         dist.destroy_process_group()
 
 
 def _connect(config: Configuration, rank: int, size: int) -> Group:
+    environment = os.environ
     gpu = config.backend != "CPU" and find_gpu()[0]
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    options = (
+        {} if "RANK" in environment else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    )
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            timeout=LONG,
-            **(alone if "RANK" not in os.environ else {}),
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        dist.init_process_group(backend, timeout=LONG, **options)
+        group = Group(
+            rank,
+            size,
+            restarted=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0,
+            long=dist.new_group(backend="gloo", timeout=LONG),
+            short=dist.new_group(backend="gloo", timeout=SHORT),
         )
-        long, short = (dist.new_group(backend="gloo", timeout=t) for t in (LONG, SHORT))
-        restarted = float(os.environ[RESTARTED]) if RESTARTED in os.environ else None
-        group = Group(rank, size, 1, restarted, long, short)
         host = socket.gethostname()
         here = group.gather(host).count(host)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
         raise UserError(
             f"no connection to the other processes at {address} (MASTER_ADDR and MASTER_PORT): "
-            f"{reason}"
+            f"{str(error).splitlines()[0]}"
         ) from None
-    group.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", here))
+    group.local_size = int(environment.get("LOCAL_WORLD_SIZE", here))
     return group
 
 
 def _check_same_configuration(config: Configuration, group: Group) -> None:
-    mine, first = asdict(config), group.gather(asdict(config))[0]
-    with group.shared_errors():
-        for key, value in mine.items():
-            if value != first[key]:
-                raise UserError(
-                    f"{key} is {value} on {socket.gethostname()}, and {first[key]} on rank 0: give "
-                    f"every process the same configuration"
-                )
+    mine = asdict(config)
+    first = group.gather(mine)[0]
+    for key, value in mine.items():
+        if value != first[key]:
+            raise UserError(
+                f"{key} is {value} on {socket.gethostname()}, and {first[key]} on rank 0: give "
+                f"every process the same configuration"
+            )
 
 
-def _report(error: Exception, rank: int) -> None:
-    """Prints the error, or leaves it to the parent, who hears from all; rank 0 prints what all
-    have."""
-    printed_by_first = isinstance(error, SharedError) and rank > 0
-    expected = _is_lost(error) or explain(error) is not None
-    if _is_lost(error):
-        reason = str(error).splitlines()[0]
-        error = ConnectionError(f"rank {rank} lost its connection to another one: {reason}")
-    elif expected:
-        where = "" if isinstance(error, SharedError) else f"rank {rank}: "
-        error = UserError(where + explain(error))
-    started_here = os.environ.get(PARENT) == str(os.getppid())
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and (started_here or not expected):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        # at once complete: the parent may read it, and end this process, at any moment
-        with replacing(Path(path)) as writing:
-            os.environ["TORCHELASTIC_ERROR_FILE"] = str(writing)
-            get_error_handler().record_exception(error)
-    if started_here or printed_by_first:
-        return
+def _report(error: Exception, rank: int) -> int:
+    """Prints an error of this process; returns the exit status. That of a lost connection follows
+    from another process's error, which our parent reports if that process could not."""
     sys.stderr = sys.__stderr__
-    if not expected:
+    where = f"rank {rank}: " if rank > 0 else ""
+    reason = explain(error)
+    status = BY_USER
+    if _is_lost(error):
+        reason = f"the connection to another process was lost: {one_line(error)}"
+        status = LOST
+    elif reason is None:
         sys.excepthook(type(error), error, error.__traceback__)
-        error = f"rank {rank} failed"
-    print(f"error: {error}", file=sys.stderr, flush=True)
+        reason = f"rank {rank} failed"
+        where = ""
+        status = FAILED
+    started_here = os.environ.get(PARENT) == str(os.getppid())
+    if status != LOST or not started_here:
+        print(f"error: {where}{reason}", file=sys.stderr, flush=True)
+    return status if started_here else 1
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether it says that another process does not answer."""
+    """Returns whether it says that another process does not answer."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )

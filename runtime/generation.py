@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -9,81 +10,91 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.console import UserError, warn
 from model import GPT
 from planner.machine import host_memory
-from runtime.checkpoint import Checkpoint, open_newest
-from runtime.console import UserError, warn
-from runtime.families import NotInTransformers
-from runtime.huggingface import assign, check_same, load_model, load_tokenizer, not_loaded
-from runtime.samples import draw
+from runtime.samples import Sampling, draw
+from weights.checkpoint import Checkpoint, open_newest
+from weights.families import family_of
+from weights.hub import find_file, open_tokenizer, read_json, reading
+from weights.huggingface import (
+    check_same,
+    load_model,
+    load_tokenizer,
+    read_config,
+    weight_files,
+)
 
 
 def open_source(checkpoint_path: str | None, init_from: str | None, out_dir: Path) -> tuple:
-    """The tokenizer of a checkpoint or of a model of Hugging Face, and `open_for(length)`, which
-    gives what writes texts of so many tokens: see `open_model`."""
+    """Return the tokenizer of a checkpoint or of a model of Hugging Face, and what writes texts:
+    generate(ids, max_new_tokens, how, end): ids (1, n) -> (1, n + max_new_tokens), or fewer where
+    the text ends."""
     if (checkpoint_path is None) == (init_from is None):
         raise UserError("--checkpoint_path or --init_from is required, and not both")
     if init_from is not None:
         return open_released(init_from)
     checkpoint = open_newest(checkpoint_path, out_dir)
-    return load_tokenizer(checkpoint), partial(open_model, checkpoint)
+    return load_tokenizer(checkpoint), open_model(checkpoint)
 
 
 def open_released(source: str) -> tuple:
-    """As `open_source`, for a folder or hub name; any model that transformers has without code of
-    its own."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """Return the same for a folder or hub name; any model that transformers has without code of its
+    own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    try:
-        tokenizer, config = (
-            AutoTokenizer.from_pretrained(source),
-            AutoConfig.from_pretrained(source),
-        )
+    with reading(f"init_from: {source}"):
+        config = read_config(source)
+        config._attn_implementation = None  # it can name code on the hub
+        weight_files(source, getattr(config, "transformers_weights", None))  # raises for a pickle
+        read_json(source, "tokenizer_config.json")  # raises where it brings code
+        if file := find_file(source, "tokenizer.json"):
+            open_tokenizer(file.read_bytes())
+        safe = {"config": config, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         with torch.device("meta"):
-            blank = AutoModelForCausalLM.from_config(config)
-        sizes = [parameter.numel() for parameter in blank.parameters()]
-        device, dtype = choose_memory(source, sizes)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises no narrower one for what a file can hold
-        raise not_loaded(source, error) from None
-    return tokenizer, lambda length: partial(generate, model)
+            blank = AutoModelForCausalLM.from_config(**safe)
+        sizes = [tensor.numel() for tensor in (*blank.parameters(), *blank.buffers())]
+        device, dtype = choose_memory("it", sizes)
+        safe |= {"use_safetensors": True, "generation_config": GenerationConfig()}
+        how = {"dtype": dtype, "output_loading_info": True}
+        model, report = AutoModelForCausalLM.from_pretrained(source, **safe, **how)
+        if missing := report["missing_keys"]:  # transformers would draw them
+            raise ValueError(f"it lacks {min(missing)}")
+    return tokenizer, partial(generate, model.to(device))
 
 
-def open_model(checkpoint: Checkpoint, length: int) -> Callable[..., Tensor]:
-    """generate(ids, max_new_tokens, temperature, top_k, end) for texts of `length` tokens: ids
-    (1, n) -> (1, n + max_new_tokens), or fewer where the text ends."""
+def open_model(checkpoint: Checkpoint) -> Callable[..., Tensor]:
+    """Return what writes texts with a checkpoint: see `open_source`."""
     config = checkpoint.check_model()
     sizes = [prod(checkpoint.tensors[name]["shape"]) for name in checkpoint.weights]
     device, dtype = choose_memory(str(checkpoint.path), sizes)
     try:
-        check_same(checkpoint, config, min(length, config.max_position_embeddings))
-    except NotInTransformers as error:
+        check_same(config, family_of(config).theirs(config))
+    except UserError as error:
         warn(f"{error}; generating with model.py, which is slower")
     else:
         return partial(generate, load_model(checkpoint, config, device, dtype))
     with torch.device("meta"):
         model = GPT(config).eval()
-    names = [name for name, _ in model.named_parameters()]
-    assign(model, ((name, checkpoint.read(name).to(device, dtype)) for name in names))
+    weights = {name: checkpoint.read(name).to(device, dtype) for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
     return partial(generate_plain, model)
 
 
-def generate(
-    model, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int, end: int | None
-) -> Tensor:
-    """With transformers' model. At the last of its positions it goes on from the second half of the
-    text."""
+def generate(model, ids: Tensor, max_new_tokens: int, how: Sampling, end: int | None) -> Tensor:
+    """Continue ids with transformers' model. At the last of its positions it resumes from the
+    second half of the text."""
     limit, ids = model.config.max_position_embeddings, ids.to(model.device)
     length = ids.shape[1] + max_new_tokens
-    draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    draw = draw if temperature > 0 else {"do_sample": False}
+    options = {"pad_token_id": 0, "eos_token_id": end, "do_sample": how.temperature > 0}
+    if how.temperature > 0:
+        options |= asdict(how)
     while ids.shape[1] < length:
         seen = ids if ids.shape[1] < limit else ids[:, -max(1, limit // 2) :]
         new = min(length - ids.shape[1], max(1, limit - seen.shape[1]))
         mask = torch.ones_like(seen)
-        out = model.generate(seen, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **draw)
+        out = model.generate(seen, attention_mask=mask, max_new_tokens=new, **options)
         ids = torch.cat([ids, out[:, seen.shape[1] :]], dim=1)
         if ids[0, -1] == end:
             break
@@ -92,13 +103,13 @@ def generate(
 
 @torch.no_grad()
 def generate_plain(
-    model: GPT, ids: Tensor, max_new_tokens: int, temperature: float, top_k: int, end: int | None
+    model: GPT, ids: Tensor, max_new_tokens: int, how: Sampling, end: int | None
 ) -> Tensor:
-    """With model.py, from as many of the last tokens as it has positions."""
-    ids = ids.to(model.norm.weight.device)
+    """Continue ids with model.py, which sees as many of the last tokens as it has positions."""
+    ids = ids.to(model.table.device)
     for _ in range(max_new_tokens):
         logits = model(ids[:, -model.config.max_position_embeddings :])[:, -1].float()
-        ids = torch.cat([ids, draw(logits, temperature, top_k)], dim=1)
+        ids = torch.cat([ids, draw(logits, how)], dim=1)
         if ids[0, -1] == end:
             break
     return ids

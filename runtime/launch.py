@@ -8,21 +8,26 @@ import tempfile
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from common.console import UserError
 from configuration import Configuration
-from runtime.console import UserError
+from weights.checkpoint import find_checkpoints
 
-# In the environment of the processes: our process id, and in a later attempt when the first began
-PARENT, RESTARTED = "GIGAGPT_PARENT", "GIGAGPT_RESTARTED"
+PARENT = "GIGAGPT_PARENT"  # in the environment of the processes: our process id
 END = signal.SIGUSR1  # what ends those that a lost process leaves: SIGTERM would ask them to save
+# Exit statuses of a process
+BY_USER = 1  # an error that a user can cause, which it printed
+FAILED = 2  # another error, which it printed
+LOST = 3  # it lost its connection to another process
 
 
 def launch(config: Configuration, training: bool) -> int:
     """Runs this command in num_systems processes, again if one is lost and max_restarts allows;
-    returns the exit status. A restarted process resumes by itself."""
+    returns the exit status. A restarted process resumes from what the run has saved."""
     from torch.distributed.elastic.multiprocessing import SignalException  # slow to import
 
     gpus = torch.cuda.device_count() if config.backend != "CPU" else 0
@@ -33,30 +38,31 @@ def launch(config: Configuration, training: bool) -> int:
         )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT"  # SIGHUP is nohup's
-    try:
-        return _run_attempts(config.num_systems, config.max_restarts, training)
-    except SignalException:  # while they were being started
-        raise KeyboardInterrupt from None
-
-
-def _run_attempts(processes: int, restarts: int, training: bool) -> int:
+    arguments = sys.argv
     began = time.time()
-    for attempt in range(restarts + 1):
-        failures = _run_processes(processes, {RESTARTED: began} if attempt else {})
+    for attempt in range(config.max_restarts + 1):
+        try:
+            failures = _run_processes(config.num_systems, arguments, attempt)
+        except SignalException:  # while they were being started
+            raise KeyboardInterrupt from None
         if not failures:
             return 0
-        failure = min(failures, key=_blame)
-        lost = _kind(failure) != "UserError"
-        final = not lost or attempt == restarts
-        hint = "; resume with --checkpoint_path latest" if training and lost and final else ""
-        print(_describe(failure) + hint, file=sys.stderr)
+        by_user = any(failure.exitcode == BY_USER for failure in failures)
+        final = by_user or attempt == config.max_restarts
+        saved = find_checkpoints(Path(config.out_dir)) if training else {}
+        message = _describe(failures)
+        if message is not None:
+            hint = "; resume with --checkpoint_path latest" if saved and final else ""
+            print(message + hint, file=sys.stderr)
         if final:
             break
-        print(f"restarting: {attempt + 1} of {restarts}", flush=True)
+        print(f"restarting: {attempt + 1} of {config.max_restarts}", flush=True)
+        if saved and saved[max(saved)].stat().st_mtime >= began:  # by this run
+            arguments = [*sys.argv, "--checkpoint_path", "latest"]
     return 1
 
 
-def _run_processes(count: int, environment: dict) -> list:
+def _run_processes(count: int, arguments: list[str], attempt: int) -> list:
     """Runs the command `count` times; returns the ProcessFailures. Passes on signals that ask for
     an end."""
     from torch.distributed.elastic.multiprocessing import (
@@ -67,12 +73,13 @@ def _run_processes(count: int, environment: dict) -> list:
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shared = environment | {
+    shared = {
         "WORLD_SIZE": count,
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": store.port,
         "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": attempt,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores // count)),
         PARENT: os.getpid(),
     }
@@ -84,8 +91,8 @@ def _run_processes(count: int, environment: dict) -> list:
         processes = start_processes(
             "train",
             sys.executable,
-            args=dict.fromkeys(ranks, tuple(sys.argv)),
-            envs={r: {**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in ranks},
+            args=dict.fromkeys(ranks, tuple(arguments)),
+            envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         processes.close = partial(processes.close, END)
@@ -93,46 +100,24 @@ def _run_processes(count: int, environment: dict) -> list:
         while True:
             try:
                 failures = list(processes.wait(period=0.1).failures.values())
+                if failures and signalled:  # a second signal ends them at once
+                    raise KeyboardInterrupt
+                return failures
             except SignalException as caught:
                 signalled = True
                 for pid in processes.pids().values():
                     with suppress(ProcessLookupError):
                         os.kill(pid, caught.sigval)
-            else:
-                if failures and signalled and all(map(_was_interrupted, failures)):
-                    raise KeyboardInterrupt  # a second signal ended them at once
-                return failures
 
 
-def _was_interrupted(failure) -> bool:
-    return failure.exitcode in (130, -signal.SIGINT, -signal.SIGTERM, -END)
-
-
-def _kind(failure) -> str:
-    """The type of the exception that a process left, if it left one."""
-    message = failure.error_file_data["message"]
-    return message["message"].split(":")[0] if isinstance(message, dict) else ""
-
-
-def _blame(failure) -> tuple:
-    """Sorts the cause before its consequences: who was killed, who had an error, who then lost the
-    connection, who was told to end."""
-    kind = _kind(failure)
-    ended = failure.exitcode == -END
-    return (ended, kind == "ConnectionError", failure.exitcode > 0 and not kind, failure.timestamp)
-
-
-def _describe(failure) -> str:
-    """The message for the process that failed first."""
-    kind, rank = _kind(failure), failure.local_rank
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        memory = "; the system may have run out of memory" if name == "SIGKILL" else ""
-        return f"error: rank {rank} was killed by {name}{memory}"
-    if not kind:
-        return f"error: rank {rank} ended with status {failure.exitcode}"
-    message = failure.error_file_data["message"]
-    text = message["message"].removeprefix(f"{kind}: ")
-    if kind in ("UserError", "ConnectionError"):
-        return f"error: {text}"
-    return f"{message['extraInfo']['py_callstack']}error: rank {rank} failed"
+def _describe(failures: list) -> str | None:
+    """Returns the message for the process that failed first, unless one has printed its own."""
+    failures = [failure for failure in failures if failure.exitcode != -END]
+    for failure in sorted(failures, key=lambda failure: failure.timestamp):
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            memory = "; the system may have run out of memory" if name == "SIGKILL" else ""
+            return f"error: rank {failure.local_rank} was killed by {name}{memory}"
+    if all(failure.exitcode == LOST for failure in failures):
+        return f"error: rank {failures[0].local_rank} lost its connection to another one"
+    return None

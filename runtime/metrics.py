@@ -1,127 +1,161 @@
-"""The metrics of a run: a line a step, metrics.jsonl, a tracker and loss.png."""
+"""The metrics of a run: a bar or lines of a log, metrics.jsonl, a tracker and loss.png."""
 
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from common.console import log, optional, warn
+from common.files import checked_count, replacing
+from common.tokens import sources_of
+from dataset import EvalData
 from engines.base import StepStats
 from planner.costs import Plan, flops_per_token, headline
 from planner.machine import peak_resident
-from runtime.console import log, optional, warn
-from runtime.files import count_of, replacing
 from runtime.tracking import Tracker
 
 OF_A_STEP = ("step", "loss", "learning_rate", "grad_norm", "seconds", "tokens")
 
 
-class Metrics:
-    """Records the steps of a run from step `start`; later records in the folder are dropped. If not
-    enabled, as on every rank but the first, nothing is recorded. The plan has forecasts of the time
-    of evaluations and saves, which measured times replace, and what model FLOPs utilization (MFU)
-    is computed from."""
-
-    def __init__(self, plan: Plan, start: int, processes: int = 1, enabled: bool = True):
-        config = self.config = plan.config
-        self.start, self.stop, self.done = start, config.num_steps, start
-        self.flops_per_token = flops_per_token(config)
-        self.peak_flops = plan.machine.matmul * processes
-        self.seconds = {"evaluation": plan.eval_seconds, "save": plan.save_seconds}
-        self.out_dir, self.enabled = Path(config.out_dir), enabled
-        self.path = self.out_dir / "metrics.jsonl"
-        if not enabled:
-            return
-        found = list(_read_lines(self.path))
-        with replacing(self.path) as kept, open(kept, "w") as file:
-            file.writelines(_line(r) for r in found if r and r["step"] <= start)
-        if damaged := found.count(None):
-            warn(f"{self.path}: {damaged} damaged lines were dropped")
-        self.file, self.unwritten = open(self.path, "ab", buffering=0), b""  # noqa: SIM115
-        self.tracker = Tracker(config, start)
-        # None: a bar on a terminal only; a log has its lines
-        bar = {"unit": "step", "disable": None, "dynamic_ncols": True}
-        self.bar = tqdm(total=self.stop, initial=start, **bar)
-        self.began = self.shown = time.monotonic()
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Measures an "evaluation" or a "save"; one that fails is not counted."""
-        began = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - began
-        if self.enabled:
-            self.began += self.seconds[name]  # the pace is that of the steps alone
+class NoMetrics:
+    """Records nothing: the metrics of every rank but the first."""
 
     def log_step(self, stats: StepStats) -> None:
-        if not self.enabled:
-            return
+        pass
+
+    def report_progress(self, fraction: float) -> None:
+        pass
+
+    def log_evaluation(self, step: int, val_loss: float, each: dict[str, float]) -> None:
+        pass
+
+    def log_samples(self, step: int, samples: list[str]) -> None:
+        pass
+
+    def draw(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Metrics:
+    """Records the steps of a run from step `start`; later records in the folder are moved to
+    metrics.dropped.jsonl. The plan has what model FLOPs utilization (MFU) is computed from."""
+
+    def __init__(self, plan: Plan, start: int, processes: int = 1):
+        self.config = plan.config
+        self.start = start
+        self.done = start
+        self.stop = plan.config.num_steps
+        self.flops_per_token = flops_per_token(plan.config)
+        self.peak_flops = plan.machine.matmul * processes
+        self.out_dir = Path(plan.config.out_dir)
+        self.path = self.out_dir / "metrics.jsonl"
+        self._drop_later_records()
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self.unwritten = b""
+        self.tracker = Tracker(plan.config, start)
+        self.bar = tqdm(
+            total=self.stop,
+            initial=start,
+            disable=None,  # on a terminal only; a log has its lines
+            dynamic_ncols=True,
+            bar_format="step {n_fmt}/{total_fmt}{postfix} {bar}",
+        )
+        self.began = time.monotonic()
+        self.shown = self.began
+
+    def _drop_later_records(self) -> None:
+        found = list(_read_lines(self.path))
+        records = [record for record in found if record is not None]
+        later = [_line(record) for record in records if record["step"] > self.start]
+        if later:
+            with open(self.out_dir / "metrics.dropped.jsonl", "a") as dropped:
+                dropped.writelines(later)
+        with replacing(self.path) as kept, open(kept, "w") as file:
+            file.writelines(_line(record) for record in records if record["step"] <= self.start)
+        if damaged := found.count(None):
+            warn(f"{self.path}: {damaged} damaged lines were dropped")
+
+    def log_step(self, stats: StepStats) -> None:
+        self.done = stats.step
         rate = self.config.batch_size * self.config.sequence_length / stats.seconds
         mfu = rate * self.flops_per_token / self.peak_flops
+        memory = memory_used()
         values = {name: getattr(stats, name) for name in OF_A_STEP}
-        values |= {"tokens_per_second": rate, "mfu": mfu, "memory": memory_used()}
-        self._record(**values, **({} if stats.applied else {"sequences": stats.offsets}))
-        self.done = stats.step
-        log(
-            f"step {stats.step}/{self.stop} | loss {stats.loss:.4f} | lr {stats.learning_rate:.3e} "
-            f"| grad_norm {stats.grad_norm:.3f} | {rate:,.0f} tokens/s | "
-            + ("" if math.isnan(mfu) else f"MFU {mfu:.1%} | ")
-            + f"peak {memory_used() / 1e9:.2f} GB | ETA {self._left(0)}"
-            + ("" if stats.applied else f" | {_skipped(stats)}")
-        )
-        self.bar.set_postfix_str("", refresh=False)
+        values |= {"tokens_per_second": rate, "mfu": mfu, "memory": memory}
+        self.tracker.log(stats.step, values)
+        skipped = {} if stats.applied else {"sequences": stats.offsets.tolist()}
+        self._write_line(_finite(values) | skipped)
+        self._show(stats, values)
+
+    def _show(self, stats: StepStats, values: dict[str, float]) -> None:
+        """Moves the bar; a log has a line every log_steps, of the first and last step and of one
+        without an update."""
+        loss = f"loss {stats.loss:.4f}"
+        rate = f"{values['tokens_per_second']:,.0f} tokens/s"
+        memory = f"{values['memory'] / 1e9:.2f} GB"
+        left = f"ETA {self._time_left(0)}"
+        self.bar.set_postfix_str(f"{loss}, {rate}, {memory}, {left}", refresh=False)
         self.bar.update(1)
         self.shown = time.monotonic()
+        parts = [f"step {stats.step}/{self.stop}", loss, f"lr {stats.learning_rate:.3e}"]
+        parts += [f"grad_norm {stats.grad_norm:.3f}", rate]
+        if not math.isnan(values["mfu"]):  # the peak is known
+            parts.append(f"MFU {values['mfu']:.1%}")
+        parts += [f"peak {memory}", left]
+        if not stats.applied:
+            parts.append(_skipped(stats))
+        due = stats.step % self.config.log_steps == 0
+        if not stats.applied or (
+            self.bar.disable and (due or stats.step in (self.start + 1, self.stop))
+        ):
+            log(" | ".join(parts))
 
-    def progress(self, fraction: float) -> None:
+    def report_progress(self, fraction: float) -> None:
         """Shows the part of the current step that is done: on the bar, or in a line a minute."""
-        if not self.enabled or time.monotonic() - self.shown < (60 if self.bar.disable else 1):
+        if time.monotonic() - self.shown < (60 if self.bar.disable else 1):
             return
         self.shown = time.monotonic()
-        self.bar.set_postfix_str(f"{fraction:.0%} of step {self.done + 1}")
+        self.bar.set_postfix_str(f"{fraction:.0%} of the next")
         if self.bar.disable:
-            log(f"step {self.done + 1}/{self.stop} | {fraction:.0%} | ETA {self._left(fraction)}")
+            left = self._time_left(fraction)
+            log(f"step {self.done + 1}/{self.stop} | {fraction:.0%} | ETA {left}")
 
-    def _left(self, fraction: float) -> str:
-        """The time to the end at the pace so far; `fraction` of the current step is done. With 0 a
-        step has just ended, and its evaluation and its save are still to come."""
-        done, config = self.done - self.start + fraction, self.config
-        left = (time.monotonic() - self.began) / done * (self.stop - self.start - done)
-        before = self.done if fraction else self.done - 1
-        for name, every in (("evaluation", config.eval_steps), ("save", config.checkpoint_steps)):
-            times = math.ceil(self.stop / every) - before // every
-            left += times * max(0, self.seconds[name])
-        return format_time(left)
+    def _time_left(self, fraction: float) -> str:
+        """Returns the time to the end at the pace so far, evaluations and saves included;
+        `fraction` of the current step is done."""
+        done = self.done - self.start + fraction
+        seconds = time.monotonic() - self.began
+        return format_time(seconds / done * (self.stop - self.start - done))
 
-    def log_evaluation(self, step: int, val_loss: float) -> None:
-        """Records an evaluation after `step`, and draws loss.png."""
-        if not self.enabled:
-            return
-        self._record(step=step, val_loss=val_loss)
-        log(
-            f"step {step}/{self.stop} | val_loss {val_loss:.4f} "
-            f"| perplexity {perplexity(val_loss):.2f}"
-        )
+    def log_evaluation(self, step: int, val_loss: float, each: dict[str, float]) -> None:
+        """Records an evaluation after `step`, of `each` source where there are several, and draws
+        loss.png."""
+        values = {"step": step, "val_loss": val_loss}
+        values |= {f"val_loss/{name}": loss for name, loss in each.items()}
+        self.tracker.log(step, values)
+        self._write_line(_finite(values))
+        parts = [f"step {step}/{self.stop}", f"val_loss {val_loss:.4f}"]
+        parts.append(f"perplexity {perplexity(val_loss):.2f}")
+        parts += [f"{name} {loss:.4f}" for name, loss in each.items()]
+        log(" | ".join(parts))
         self.draw()
 
     def log_samples(self, step: int, samples: list[str]) -> None:
         """Records texts that the model wrote after `step`."""
-        if not self.enabled or not samples:
+        if not samples:
             return
-        self._write_line({"step": step, "samples": samples})
         self.tracker.log_samples(step, samples)
-        for sample in samples:
-            log(f"step {step}/{self.stop} | sample | {sample}")
-
-    def _record(self, step: int, **values: float | list[int]) -> None:
-        numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-        self.tracker.log(step, numbers)
-        finite = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
-        self._write_line({"step": step, **values, **finite})
+        self._write_line({"step": step, "samples": samples})
+        for prompt, text in zip(self.config.sample_prompts, samples, strict=True):
+            written = text.removeprefix(prompt)
+            log(f"step {step}/{self.stop} | after {json.dumps(prompt)} | {written}")
 
     def _write_line(self, record: dict) -> None:
         self.unwritten += _line(record).encode()
@@ -138,58 +172,107 @@ class Metrics:
                 reason = f"{self.path} can't be written ({error.strerror})"
                 warn(f"{reason}; its lines are kept and tried again")
 
+    @optional("loss.png")
     def draw(self) -> None:
         """Draws loss.png from metrics.jsonl."""
-        with optional("loss.png"):
-            if self.enabled:
-                self._draw()
-
-    def _draw(self) -> None:
         from matplotlib.figure import Figure
 
-        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
         records = list(read_records(self.path))
-        for key, style in (("loss", {"linewidth": 0.8}), ("val_loss", {"marker": "o"})):
-            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key, **style)
+        steps, losses = _points(records, "loss")
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smoothed(losses), color="tab:blue", label="loss, smoothed")
+        steps, losses = _points(records, "val_loss")
+        axes.plot(steps, losses, color="tab:orange", marker="o", label="val_loss")
+        if steps:
+            text = f"{losses[-1]:.3f}"
+            axes.annotate(
+                text, (steps[-1], losses[-1]), (0, 8), textcoords="offset points", ha="right"
+            )
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         # $ is an ordinary character there
         axes.set_title(self._title(records), parse_math=False, fontsize="medium")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+        axes.legend()
         with replacing(self.out_dir / "loss.png") as drawing:
             figure.savefig(drawing, format="png", dpi=120)
 
     def _title(self, records: list[dict]) -> str:
-        """What ran, and how far it came."""
+        """Returns what ran, and how far."""
         text = f"{self.out_dir}: {headline(self.config)}\nstep {self.done:,} of {self.stop:,}"
         for key in ("loss", "val_loss"):
-            found = [r[key] for r in records if r.get(key) is not None]
-            text += f", {key} {found[-1]:.4f}" if found else ""
+            _, losses = _points(records, key)
+            text += f", {key} {losses[-1]:.4f}" if losses else ""
         return text
 
     def close(self) -> None:
-        if not self.enabled:
-            return
         self.bar.close()
         self._write()
         self.file.close()
         self.tracker.close()
 
 
+def _points(records: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Returns the steps that have a value of this key, and the values."""
+    found = [record for record in records if record.get(key) is not None]
+    return [record["step"] for record in found], [record[key] for record in found]
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    """Returns the exponential moving average over a hundredth of the losses, without the bias of a
+    start at zero (Kingma and Ba 2015, 3)."""
+    decay = 1 - 1 / max(1, len(losses) / 100)
+    smoothed = []
+    total = 0.0
+    weight = 0.0
+    for loss in losses:
+        total = decay * total + loss
+        weight = decay * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
 def _skipped(stats: StepStats) -> str:
-    shown = ", ".join(str(offset) for offset in stats.offsets[:4])
-    more = len(stats.offsets) - 4
-    return (
-        f"{'loss spike' if stats.finite else 'not finite'}: update skipped; the sequences begin at "
-        f"tokens {shown}{f' and {more} more (metrics.jsonl)' if more > 0 else ''} of train.bin"
-    )
+    reason = "loss spike" if stats.finite else "not finite"
+    places = ", ".join(map(str, stats.offsets[:4]))
+    if len(stats.offsets) > 4:
+        places += f" and {len(stats.offsets) - 4} more (metrics.jsonl)"
+    return f"{reason}: update skipped; the sequences begin at tokens {places} of train"
 
 
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def mean_losses(
+    dataset: str | dict[str, float], sums: list[tuple[float, int]]
+) -> tuple[float, dict[str, float]]:
+    """Returns the loss a token of all sources, and that of each where there are several, from the
+    sums of their losses and the numbers of their tokens."""
+    mean = sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums)
+    if len(sums) == 1:
+        return mean, {}
+    names = sources_of(dataset)
+    return mean, {name: loss / n for name, (loss, n) in zip(names, sums, strict=True)}
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """Returns what JSON can hold: it has no NaN."""
+    return {name: v if math.isfinite(v) else None for name, v in values.items()}
+
+
+def measures(
+    dataset: str | dict[str, float], sources: list[EvalData], sums: list[tuple[float, int]]
+) -> dict[str, float]:
+    """Return what eval.py prints of the sums of losses and numbers of tokens of these sources."""
+    loss, each = mean_losses(dataset, sums)
+    found = {"loss": loss, "perplexity": perplexity(loss), "tokens": sum(n for _, n in sums)}
+    if all(data.tokens.text_bytes for data in sources):
+        tokens = sum(data.tokens.count for data in sources)
+        text_bytes = sum(data.tokens.text_bytes for data in sources)
+        found["bits_per_byte"] = loss * tokens / text_bytes / math.log(2)
+    return found | {f"loss/{name}": value for name, value in each.items()}
 
 
 def _line(record: dict) -> str:
@@ -197,32 +280,31 @@ def _line(record: dict) -> str:
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    """The records of a metrics.jsonl; damaged lines are dropped."""
+    """Yields the records of a metrics.jsonl without damaged lines."""
     return filter(None, _read_lines(path))
 
 
 def _read_lines(path: Path) -> Iterator[dict | None]:
-    """The record of each line, None for a damaged one; an incomplete last line is dropped."""
+    """Yields the record of each line, None for a damaged one; drops an incomplete last line."""
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        record = None
-        with suppress(ValueError, TypeError, LookupError, OverflowError, RecursionError):
-            values = json.loads(line)
-            count_of(values["step"])
-            losses = [values[key] for key in ("loss", "val_loss") if values.get(key) is not None]
-            record = values if all(map(math.isfinite, losses)) else None
+        try:
+            record = json.loads(line)
+            checked_count(record["step"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            record = None
         if record or line.endswith(b"\n"):
             yield record
 
 
 def memory_used() -> int:
-    """Peak bytes so far: allocated on the GPU if it is in use, else resident in this process."""
+    """Returns the peak bytes so far: allocated on the GPU if it is in use, else resident here."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return peak_resident()
 
 
 def format_time(seconds: float) -> str:
-    """3725 -> '1:02:05', with days in front where there are any."""
+    """Returns 3725 as '1:02:05', with days in front where there are any."""
     days, rest = divmod(int(seconds), 86400)
     clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days} d {clock}" if days else clock

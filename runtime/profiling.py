@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from common.console import log, optional, warn
+from common.files import replacing
 from configuration import Configuration
 from engines.base import StepStats
-from runtime.console import log, optional, warn
-from runtime.files import replacing
 
 
 def profiled(
     steps: Iterator[StepStats], config: Configuration, start: int, rank: int
 ) -> Iterator[StepStats]:
-    """The steps that follow `start`. Those that `config.profile` names are traced into a file of
-    out_dir, one of each process, which https://ui.perfetto.dev and chrome://tracing show."""
+    """Yields the steps that follow `start`. Those that `config.profile` names are traced, into one
+    file of each process in out_dir, which https://ui.perfetto.dev and chrome://tracing show."""
     if config.profile is None:
         yield from steps
         return
@@ -25,7 +25,9 @@ def profiled(
         warn(f"profile: {config.profile} begins with a step that is done; nothing is traced")
         yield from steps
         return
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
     trace = profile(activities=activities)
     for step in range(start + 1, config.num_steps + 1):
         if step == first:

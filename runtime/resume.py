@@ -1,36 +1,26 @@
 """Where a run starts: at random weights, at a checkpoint, or at Hugging Face weights."""
 
+import io
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from configuration import MODEL_KEYS, Configuration
-from dataset import EvalData, TrainData
-from engines.base import Engine
-from runtime.checkpoint import MANIFEST, TOKENIZER, Checkpoint, find_checkpoints, newest
-from runtime.console import UserError, log, progress, short, warn
+from common.console import UserError, log, short, track, warn
+from common.tokens import Tokens
+from configuration import MODEL_KEYS, Configuration, Data, Optimizer, make_configuration
+from dataset import EvalData, TrainData, open_val
+from engines.base import Engine, find_gpu
+from planner.resolve import resolve
 from runtime.distributed import Group
 from runtime.metrics import read_records
 from runtime.samples import Samples
-from runtime.tokens import Tokens, find_folder
+from weights.checkpoint import TOKENIZER, Checkpoint, find_checkpoints, newest
 
-# Keys that may change without a word, and those that the order of the data depends on
-FREE = {
-    *("out_dir", "checkpoint_path", "init_from", "memory_limit", "host_memory"),
-    *(
-        "keep_checkpoints",
-        "max_restarts",
-        "step_timeout",
-        "stream_to",
-        "stream_dir",
-        "stream_batch_size",
-    ),
-    *("activation_checkpointing", "activation_location", "shard_group_size"),
-    *("sample_prompts", "tracker", "profile"),
-    *("reshard_after_forward", "offload", "cluster"),
-}
-DATA_KEYS = {"dataset", "batch_size", "sequence_length", "seed"}
+TRAINING_KEYS = {"dropout", "init_std"}  # of the model's, but without effect on what it computes
+MAX_SKIPPED = 10  # steps in a row that were not finite before training stops
 
 
 @dataclass
@@ -47,98 +37,115 @@ class Start:
         return self.checkpoint.step if self.checkpoint else 0
 
     @property
-    def chosen(self) -> dict:
+    def resolved_before(self) -> dict:
         """The configuration with which an earlier part of the run replaced every `auto`."""
         return asdict(self.checkpoint.config) if self.checkpoint else {}
 
     @property
-    def lacks_evaluation(self) -> bool:
-        """Whether the run ended before an evaluation that was due at this step."""
-        out_dir, step = Path(self.config.out_dir), self.step
-        if self.checkpoint is None or not _is_in(self.checkpoint, out_dir):
-            return False
-        due = step % self.config.eval_steps == 0 or step == self.config.num_steps
+    def missing(self) -> list[str]:
+        """The records of an evaluation before the first step, if eval_on_start, or of one that was
+        due when the run ended and was not written: val_loss, and samples if there are prompts."""
+        config = self.config
+        out_dir = Path(config.out_dir)
+        due = self.step % config.eval_steps == 0 or self.step == config.num_steps
+        if self.checkpoint is None:
+            due = config.eval_on_start
+        if not due or (self.checkpoint and not _is_in(self.checkpoint, out_dir)):
+            return []
+        keys = ["val_loss", "samples"] if config.sample_prompts else ["val_loss"]
         records = read_records(out_dir / "metrics.jsonl")
-        return due and not any("val_loss" in r and r["step"] == step for r in records)
+        found = {key for record in records if record["step"] == self.step for key in record}
+        return [key for key in keys if key not in found]
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.config.num_steps and not self.lacks_evaluation
+        return self.step >= self.config.num_steps and not self.missing
 
-    def open_data(self, config: Configuration, group: Group) -> tuple[TrainData, EvalData, Samples]:
+    def open_data(
+        self, config: Configuration, group: Group
+    ) -> tuple[TrainData, list[EvalData], Samples]:
         """Opens the data for the whole run, and encodes its sample prompts. The data must be the
         same for every process, with the tokenizer of what the run starts from; logs if they changed
         since the checkpoint."""
-        folder = (config.dataset, config.vocab_size, config.sequence_length, config.batch_size)
-        with group.shared_errors():
-            train = TrainData(*folder, config.seed)
-            val = EvalData(*folder, config.eval_batches)
-            if self.checkpoint is not None:
-                check_tokenizer(self.checkpoint, train.tokens)
-            elif config.init_from is not None:
-                from runtime.huggingface import check_vocabulary  # transformers is slow to import
-
-                check_vocabulary(config.init_from, train.tokens)
-            samples = Samples(config, train.tokens)
-        check_same_data(group, train.tokens, val.tokens)
-        if self.checkpoint is not None and self.checkpoint.train_digest != train.tokens.digest:
+        train = TrainData(config)
+        val = open_val(config)
+        self.check_tokenizer(train.tokens)
+        if self.checkpoint is not None and self.checkpoint.train_digest != train.digest:
             warn(
-                f"{train.tokens.path} changed since {self.checkpoint.path}; data order will differ"
+                f"{train.tokens.path} is not what {self.checkpoint.path} was trained on; data "
+                f"order will differ"
             )
-        return train, val, samples
+        check_same_data(group, [data.tokens for data in (*train.sources, *val)])
+        return train, val, Samples(config, train.tokens)
+
+    def check_tokenizer(self, tokens: Tokens) -> None:
+        """Refuses data whose ids stand for other text than in the weights."""
+        if self.checkpoint is not None:
+            check_tokenizer(self.checkpoint, tokens)
+        elif self.config.init_from is not None:
+            from weights.huggingface import check_vocabulary  # transformers is slow to import
+
+            check_vocabulary(self.config.init_from, tokens)
 
     def restore(self, engine: Engine) -> None:
         """Gives the engine its weights, and the rest of its state."""
+        checkpoint = self.checkpoint
         if self.read is None:
-            engine.initialize(partial(progress, what="initializing", unit="layer"))
+            engine.initialize(partial(track, what="initializing", unit="layer"))
         else:
-            steps = self.checkpoint.optimizer_steps if self.checkpoint else None
-            engine.load(self.read, steps, partial(progress, what="loading", unit="layer"))
-        if self.checkpoint is not None:
-            engine.recent.extend(self.checkpoint.recent)
-            engine.tokens = self.checkpoint.tokens
+            steps = checkpoint.optimizer_steps if checkpoint else None
+            engine.load(self.read, steps, partial(track, what="loading", unit="layer"))
+        if checkpoint is not None:
+            engine.tokens = checkpoint.tokens
+            engine.recent.extend(checkpoint.recent)
         log(self.origin)
 
 
 def find_start(config: Configuration, group: Group) -> Start:
-    """What `checkpoint_path` and `init_from` name, or in a restarted process what the run saved
-    before. Raises UserError where it can't be resumed."""
-    checkpoint = find_checkpoint(_restarted(config, group), group)
+    """Returns what `checkpoint_path` or `init_from` names. Raises UserError where the run can't be
+    resumed from it."""
+    checkpoint = find_checkpoint(config, group)
     _check_out_dir(Path(config.out_dir), checkpoint)
+    start = open_weights(config, checkpoint)
     if checkpoint is not None:
-        model = checkpoint.check_model()
-        if config.init_from is not None:  # then the model is that one, not the configuration's
-            config = config.with_model(model)
-        start = Start(config, "", checkpoint.read, checkpoint)
-        start.origin = f"resumed from {checkpoint.path} at step {checkpoint.step}"
-        if start.finished and group.restarted is None:
+        if start.finished and not group.restarted:
             raise UserError(
                 f"{checkpoint.path} is at step {checkpoint.step} and num_steps is "
                 f"{config.num_steps}: nothing is left to train; raise --num_steps"
             )
-        check_configuration(config, checkpoint)
-        return start
+        warn_of_changes(start.config, checkpoint)
+    return start
+
+
+def open_weights(config: Configuration, checkpoint: Checkpoint | None) -> Start:
+    """Returns a start at a checkpoint, or without one at the weights of init_from, or at random
+    ones; with the model that these have."""
+    if checkpoint is not None:
+        origin = f"resumed from {checkpoint.path} at step {checkpoint.step}"
+        return Start(with_model_of(checkpoint, config), origin, checkpoint.read, checkpoint)
     if config.init_from is not None:
-        from runtime.huggingface import read_hugging_face  # transformers is slow to import
+        from weights.huggingface import read_hugging_face  # transformers is slow to import
 
         config, read = read_hugging_face(config)
         return Start(config, f"starting from the weights of {config.init_from}", read)
     return Start(config)
 
 
-def _restarted(config: Configuration, group: Group) -> Configuration:
-    """A restarted process resumes from what this run has saved, if anything."""
-    latest = newest("latest", Path(config.out_dir)) if group.restarted is not None else None
-    ours = latest is not None and (latest / MANIFEST).stat().st_mtime >= group.restarted
-    return replace(config, checkpoint_path="latest") if group.gather(ours)[0] else config
+def check_start(config: Configuration) -> None:
+    """Raises UserError where no process could start, for want of data, checkpoint or memory."""
+    with redirect_stderr(io.StringIO()):  # rank 0 prints the warnings
+        start = find_start(config, Group())
+        on_gpu = config.backend == "GPU" or (config.backend == "auto" and find_gpu()[0])
+        if not on_gpu:  # of which this process would keep some memory
+            resolve(start.config, start.resolved_before, True, config.num_systems)
+        start.open_data(start.config, Group())
 
 
 def find_checkpoint(config: Configuration, group: Group) -> Checkpoint | None:
-    """The checkpoint that `checkpoint_path` names, or None. Rank 0 says which is the latest, and
-    each process verifies its share of the files."""
-    if config.checkpoint_path is None:
-        return None
-    path = group.gather(newest(config.checkpoint_path, Path(config.out_dir)))[0]
+    """Returns the checkpoint that `checkpoint_path` names, or None. Rank 0 says which is the
+    latest, and each process verifies its share of the files."""
+    name = config.checkpoint_path
+    path = group.gather(name and newest(name, Path(config.out_dir)))[0]
     if path is None:
         return None
     checkpoint = Checkpoint(path)
@@ -148,52 +155,60 @@ def find_checkpoint(config: Configuration, group: Group) -> Checkpoint | None:
 
 
 def _check_out_dir(out_dir: Path, checkpoint: Checkpoint | None) -> None:
-    """A run never mixes its checkpoints with those of another."""
+    """Raises UserError where a run would mix its checkpoints with those of another."""
     others = find_checkpoints(out_dir)
     if checkpoint is not None and _is_in(checkpoint, out_dir):
         others = {step: path for step, path in others.items() if step > checkpoint.step}
     if others:
         raise UserError(
             f"{out_dir} already has {others[max(others)].name}; add --checkpoint_path latest to "
-            f"resume from it, use another --out_dir, or delete it"
+            f"resume from it, use another --out_dir, or move it away"
         )
 
 
 def _is_in(checkpoint: Checkpoint, out_dir: Path) -> bool:
-    """Whether it is in the folder, itself or as a link to where it was moved."""
+    """Returns whether it is in the folder, itself or as a link to where it was moved."""
     return checkpoint.path.absolute().parent.resolve() == out_dir.resolve()
 
 
-def check_configuration(config: Configuration, checkpoint: Checkpoint) -> None:
-    """The checkpoint must be of this model; other changes are logged."""
-    for key, before in asdict(checkpoint.config).items():
+def with_model_of(checkpoint: Checkpoint, config: Configuration) -> Configuration:
+    """Returns the configuration with the checkpoint's model: with `init_from` it has no other.
+    Raises UserError where its own keys of the model differ."""
+    model = checkpoint.check_model()
+    if config.init_from is not None:
+        return make_configuration(asdict(config) | asdict(model))
+    for key in MODEL_KEYS:
+        before = getattr(model, key)
         now = getattr(config, key)
-        if now in (before, "auto") or key in FREE or (key, now) == ("micro_batch_size", None):
-            continue
-        if key == "dataset" and find_folder(now).absolute() == find_folder(before).absolute():
-            continue
-        if key in MODEL_KEYS and key not in ("dropout", "init_std"):
+        if now != before and key not in TRAINING_KEYS:
             raise UserError(
                 f"{checkpoint.path} is of another model: its {key} is {before}, this "
                 f"configuration's {now}"
             )
-        effect = "; data order will differ" if key in DATA_KEYS else ""
-        if key == "num_steps" and (config.decay_steps is None or config.schedule == "wsd"):
-            effect = "; the learning rate decays towards the new end"
-        warn(f"{key} is {now}; it was {before} in {checkpoint.path}{effect}")
+    return config
 
 
-def check_same_data(group: Group, *tokens: Tokens) -> None:
-    """Every process must have the same data."""
+def warn_of_changes(config: Configuration, checkpoint: Checkpoint) -> None:
+    """Logs which keys of the data and the optimizer have changed since the checkpoint. The content
+    of the data has a digest, whatever folder it is in."""
+    for section, effect in ((Data, "; data order will differ"), (Optimizer, "")):
+        for key in (field.name for field in fields(section) if field.name != "dataset"):
+            now = getattr(config, key)
+            before = getattr(checkpoint.config, key)
+            if now != before:
+                warn(f"{key} is {now}; it was {before} in {checkpoint.path}{effect}")
+
+
+def check_same_data(group: Group, tokens: list[Tokens]) -> None:
+    """Raises UserError where a process has other data than rank 0."""
     first = group.gather([each.digest for each in tokens])[0]
-    with group.shared_errors():
-        for each, digest in zip(tokens, first, strict=True):
-            if each.digest != digest:
-                raise UserError(f"{each.path} differs from that of rank 0; copy it")
+    for each, digest in zip(tokens, first, strict=True):
+        if each.digest != digest:
+            raise UserError(f"{each.path} differs from that of rank 0; copy it")
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokens: Tokens) -> None:
-    """Refuses data with another tokenizer, whose ids stand for other text."""
+    """Raises UserError for data with another tokenizer, whose ids stand for other text."""
     theirs = tokens.meta.get("tokenizer_sha256")
     if theirs and checkpoint.files.get(TOKENIZER, {}).get("sha256", theirs) != theirs:
         name = short(tokens.meta.get("tokenizer")).strip("'")
@@ -201,3 +216,19 @@ def check_tokenizer(checkpoint: Checkpoint, tokens: Tokens) -> None:
             f"{tokens.path} was made with another tokenizer ({name}) than {checkpoint.path}; use "
             f"the dataset that it was trained on"
         )
+
+
+def diverged(step: int, config: Configuration) -> str:
+    """Returns the message, which names the newest checkpoint whose weights are known to be good:
+    the loss of the step after it is below that of guessing. Those of a later one may be ruined."""
+    out_dir = Path(config.out_dir)
+    records = read_records(out_dir / "metrics.jsonl")
+    losses = {r["step"]: r["loss"] for r in records if r.get("loss") is not None}
+    guessing = math.log(config.vocab_size)
+    found = find_checkpoints(out_dir)
+    good = [found[saved] for saved in found if losses.get(saved + 1, math.inf) < guessing]
+    origin = f"resume from {good[-1]}" if good else "start again"
+    return (
+        f"stopped at step {step}: {MAX_SKIPPED} steps in a row had a loss or gradient that is not "
+        f"finite; {origin} in another --out_dir, with a lower learning_rate or another seed"
+    )

@@ -3,14 +3,15 @@ configuration and the sample texts. They never end a training."""
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
+from common.console import one_line, warn
+from common.files import replacing
 from configuration import Configuration
-from runtime.console import warn
-from runtime.files import replacing
 
 NAMES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio"}
 PROJECT = "gigagpt"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
@@ -22,33 +23,37 @@ class Tracker:
     is warned of once, and is not used again."""
 
     def __init__(self, config: Configuration, start: int):
-        self.name, self.service = NAMES.get(config.tracker), None
-        if config.tracker == "tensorboard":
-            self._attempt(lambda: _TensorBoard(config, start))
-        elif config.tracker is not None:
-            self._attempt(lambda: _Service(config, start))
+        self.service = None
+        self.name = NAMES.get(config.tracker)
+        if config.tracker is not None:
+            service = _TensorBoard if config.tracker == "tensorboard" else _Service
+            with self._warning():
+                self.service = service(config, start)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """The figures of a step or an evaluation."""
-        self._use(lambda service: service.log(step, numbers))
+        """Passes on the figures of a step or an evaluation."""
+        if self.service is not None:
+            with self._warning():
+                self.service.log(step, numbers)
 
     def log_samples(self, step: int, samples: list[str]) -> None:
-        """Texts that the model wrote after a step."""
-        self._use(lambda service: service.log_samples(step, samples))
+        """Passes on texts that the model wrote after a step."""
+        if self.service is not None:
+            with self._warning():
+                self.service.log_samples(step, samples)
 
     def close(self) -> None:
-        self._use(lambda service: service.close())
+        if self.service is not None:
+            with self._warning():
+                self.service.close()
 
-    def _use(self, action: Callable) -> None:
-        service, self.service = self.service, None
-        if service is not None:
-            self._attempt(lambda: action(service) or service)
-
-    def _attempt(self, action: Callable) -> None:
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
         try:
-            self.service = action()
+            yield
         except Exception as error:  # each package has errors of its own
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            self.service = None
+            reason = one_line(error)[:300]
             if isinstance(error, ModuleNotFoundError):
                 reason = f"{error.name} is not installed: pip install {error.name}"
             warn(f"{self.name} failed ({reason}); training continues")
@@ -83,13 +88,14 @@ class _Service:
         if start == 0 or not path.exists():
             with replacing(path) as writing:
                 writing.write_text(secrets.token_hex(4))
-        name, run_id = Path(config.out_dir).absolute().name, path.read_text()
-        options = {"project": os.environ.get(f"{config.tracker.upper()}_PROJECT", PROJECT)}
+        name = Path(config.out_dir).absolute().name
+        run_id = path.read_text()
         if config.tracker == "wandb":
-            options |= {"name": name, "id": run_id, "dir": config.out_dir}
+            options = {"name": name, "id": run_id, "dir": config.out_dir}
         else:
-            options |= {"name": f"{name}-{run_id}"}
-        self.module.init(config=asdict(config), resume="allow", **options)
+            options = {"name": f"{name}-{run_id}"}
+        project = os.environ.get(f"{config.tracker.upper()}_PROJECT", PROJECT)
+        self.module.init(project=project, config=asdict(config), resume="allow", **options)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self.module.log(numbers, step=step)

@@ -15,21 +15,28 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from data.prepare import from_texts
-from data.vocabularies import char_tokenizer
-from runtime.console import command
-from runtime.tokens import write_meta
+from common.console import command
+from common.tokens import write_meta
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("common", "weights", "engines", "planner", "runtime", "data")
+PATTERNS = ("*.py", *(f"{folder}/**/*.py" for folder in FOLDERS))
+PROGRAM = [path for pattern in PATTERNS for path in ROOT.glob(pattern)]
 VOCABULARY = 27  # the letters, space and newline of `text`, an odd number
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # measured rates are for the tests alone
 torch.set_num_threads(1)  # small models are faster so, and sums the same everywhere
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core; threads would wait for others'
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 def pytest_addoption(parser):
     parser.addoption("--cerebras", help="the Python of Cerebras's environment")
+    parser.addoption("--transformers4", help="the Python of an environment with transformers 4")
+    parser.addoption("--shapes", type=int, default=60, help="of models, whose memory is measured")
     parser.addoption("--kills", type=int, default=1, help="of workers, in the test of restarts")
     parser.addoption(
         "--faults", type=int, default=2, help="of each kind and engine; 0: all there are"
@@ -41,10 +48,9 @@ def pytest_addoption(parser):
 def cloned(folder: Path) -> Path:
     """The program, in a folder of its own."""
     folder.mkdir(exist_ok=True)
-    for pattern in ("*.py", "engines/*.py", "planner/*.py", "runtime/*.py", "data/*.py"):
-        for path in ROOT.glob(pattern):
-            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / path.relative_to(ROOT))
+    for path in PROGRAM:
+        (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / path.relative_to(ROOT))
     return folder
 
 
@@ -70,11 +76,15 @@ def text(seed: int, words: int) -> str:
 
 
 def write_dataset(folder: Path, train: str, val: str) -> Path:
-    """A dataset of characters, in the form that data/prepare.py writes."""
+    """A dataset of characters, in the form that data/prepare.py writes, which needs packages that a
+    machine with a GPU may lack."""
     import hashlib
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = char_tokenizer({"train": from_texts([train, "abcdefghijklmnopqrstuvwxy \n"])})
+    characters = sorted({*train, *"abcdefghijklmnopqrstuvwxy \n"})
+    tokenizer = Tokenizer(models.WordLevel({c: token for token, c in enumerate(characters)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     (folder / "tokenizer.json").write_text(tokenizer.to_str())
     meta = {
         "tokenizer": "char",
@@ -88,6 +98,11 @@ def write_dataset(folder: Path, train: str, val: str) -> Path:
         meta["bytes"][split] = len(content)
     write_meta(folder, meta)
     return folder
+
+
+def pytest_generate_tests(metafunc):
+    if "shape_number" in metafunc.fixturenames:
+        metafunc.parametrize("shape_number", range(metafunc.config.getoption("--shapes")))
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +143,7 @@ def config(dataset, tmp_path) -> SimpleNamespace:
         "num_steps": 6,
         "checkpoint_steps": 3,
         "eval_steps": 6,
+        "log_steps": 1,
         "learning_rate": 1e-2,
         "warmup_steps": 2,
         "backend": "CPU",

@@ -40,9 +40,9 @@ import engines.sharded
 import engines.streaming
 import eval
 import train
+from common.console import command
 from model import GPT
-from runtime import checkpoint
-from runtime.console import command
+from weights import checkpoint
 
 COMMANDS = {"train": train.main, "eval": eval.main}
 IMPORTED_LATE = [
@@ -283,6 +283,8 @@ class Forks:
         """A command with a fault; `end` waits for it."""
         number = next(self.numbers)
         out, err = (str(self.folder / f"{number}.{kind}") for kind in ("out", "err"))
+        for file in (out, err):  # it may be killed before it opens them
+            Path(file).touch()
         ours, theirs = self.context.Pipe(duplex=False)
         job = (list(map(str, arguments)), fault or Fault(), environment, out, err, theirs)
         process = self.context.Process(target=run, args=job)

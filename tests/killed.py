@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
 from conftest import ROOT, figures, records
 from jsonargparse import auto_cli
 
-from runtime.checkpoint import Checkpoint, find_checkpoints
 from runtime.metrics import read_records
+from weights.checkpoint import Checkpoint, find_checkpoints
 
 FLAGS = ["--checkpoint_path", "latest", "--checkpoint_steps", "20", "--keep_checkpoints", "2"]
 FLAGS += ["--engine", "resident", "--micro_batch_size", "16"]  # what auto takes can change

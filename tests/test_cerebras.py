@@ -19,14 +19,14 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, VOCABULARY, records, refused, worked
+from helpers import build, eval_data, train_data
 from safetensors.torch import load_file
 
-from cluster import Cluster
-from dataset import EvalData, TrainData
+from common.files import read_sealed
+from common.tokens import write_meta
+from configuration import Cluster
 from model import GPT, GPTConfig
-from runtime.checkpoint import Checkpoint
-from runtime.files import read_sealed
-from runtime.tokens import write_meta
+from weights.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.cerebras
 FIGURES = ("loss", "grad_norm", "learning_rate", "val_loss")
@@ -71,6 +71,7 @@ def small(dataset, tmp_path_factory) -> SimpleNamespace:
         **{"max_position_embeddings": 32, "sequence_length": 32, "batch_size": 4},
         **{"num_steps": 20, "checkpoint_steps": 5, "eval_steps": 10, "warmup_steps": 5},
         **{"learning_rate": 1e-3, "max_gradient_norm": 0.5, "dataset": str(dataset)},
+        **{"log_steps": 1},
     }
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -216,7 +217,7 @@ def test_steps_that_are_not_finite_change_nothing(small, there, tmp_path):
     done = there("train.py", small.path, *flags)
     refused(done, "stopped at step 10: 10 steps in a row had a loss or gradient that is not finite")
     assert "not finite: update skipped" in done.stdout
-    assert "resume from an earlier checkpoint" in done.stderr
+    assert "start again in another --out_dir" in done.stderr
     assert not list(tmp_path.glob("*.mdl"))
     worked(there("train.py", small.path, *flags, "--num_steps", 5))  # the end is saved all the same
     saved = Checkpoint(tmp_path / "checkpoint_5.mdl")
@@ -228,10 +229,7 @@ def test_steps_that_are_not_finite_change_nothing(small, there, tmp_path):
 def drawn(values: dict) -> GPT:
     """The first weights."""
     shape = {field.name for field in fields(GPTConfig)}
-    model = GPT(GPTConfig(**{key: value for key, value in values.items() if key in shape}))
-    for unit in model.layers():
-        model.init_layer(unit, 0)
-    return model
+    return build(GPTConfig(**{key: value for key, value in values.items() if key in shape}))
 
 
 def stopped(run: subprocess.CompletedProcess, name: str, out: Path) -> int:
@@ -290,7 +288,7 @@ def test_no_space(small, there, python, trained, tmp_path, limit):
 def test_an_evaluation_leaves_the_files_of_a_training_alone(small, there, trained, tmp_path):
     folder = tmp_path / "cerebras"
     folder.mkdir()
-    kept = [folder / "step_7.h5", folder / "norm.safetensors"]
+    kept = [folder / "step_7.h5", folder / "head.safetensors"]
     for path in kept:
         path.touch()
     checkpoint = ["--checkpoint_path", trained / "checkpoint_20.mdl", "--out_dir", tmp_path]
@@ -475,10 +473,14 @@ def test_llama_equals_resident(small, there):
     equal(again, outs[0], tolerance=1e-12, after=10)
 
 
-def test_a_step_of_llama_lowers(there, dataset, tmp_path):
-    """The shape of Llama 3.1 8B, two layers of it."""
+QWEN3 = ["--qk_norm", "true", "--head_width", 64, "--bias", "attention"]
+
+
+@pytest.mark.parametrize("more", [[], ["--bias", "qkv"], QWEN3], ids=["llama", "qwen2", "qwen3"])
+def test_a_step_of_llama_lowers(there, dataset, tmp_path, more):
+    """The shape of Llama 3.1 8B, two layers of it, and with the parts of others."""
     flags = ["--dataset", text_of(dataset, tmp_path), "--depth", 2, "--sequence_length", 2048]
-    flags += ["--batch_size", 16]
+    flags += ["--batch_size", 16, *more]
     graph = lower(there, ROOT / "configs/llama3p1_8b.yaml", tmp_path / "out", *flags)
     assert len(graph.of("Softmax")) == 2
     assert all(operation.kind.startswith("cirh.") for operation in graph.operations)
@@ -540,7 +542,7 @@ def test_what_an_appliance_would_be_sent(small, there, trained, tmp_path):
     (tmp_path / "loaded").mkdir()
     csx = [small.path, "--backend", "CSX", *NOWHERE]
     out = worked(
-        there("tests/cerebras/weights.py", tmp_path / "drawn", *csx, "--out_dir", tmp_path / "a")
+        there("tests/cerebras/loaded.py", tmp_path / "drawn", *csx, "--out_dir", tmp_path / "a")
     )
     powers = np.float32([0.9, 0.95]).tolist()
     assert json.loads(out.splitlines()[-1]) == {"powers": [powers], "steps": [1, 1, 0]}
@@ -550,7 +552,7 @@ def test_what_an_appliance_would_be_sent(small, there, trained, tmp_path):
         assert not sent[f"exp_avg.{name}"].any() and not sent[f"exp_avg_sq.{name}"].any()
 
     checkpoint = ["--checkpoint_path", trained / "checkpoint_10.mdl", "--out_dir", tmp_path / "b"]
-    out = worked(there("tests/cerebras/weights.py", tmp_path / "loaded", *csx, *checkpoint))
+    out = worked(there("tests/cerebras/loaded.py", tmp_path / "loaded", *csx, *checkpoint))
     counts = json.loads(out.splitlines()[-1])
     assert counts["steps"] == [11, 11, 6]  # of which 5 to warm up
     assert counts["powers"][0] == pytest.approx([0.9**11, 0.95**11], rel=1e-6)
@@ -594,10 +596,10 @@ def test_input_workers_stream_the_batches(sent, there, small, systems, workers, 
     streamed, values = json.loads(worked(done).splitlines()[-1]), small.values
     data = (values["dataset"], VOCABULARY, values["sequence_length"], values["batch_size"])
     if split == "val":
-        source, size = EvalData(*data), values["batch_size"]
+        source, size = eval_data(*data), values["batch_size"]
         batches = [source.get(first, size) for first in range(0, len(source), size)]
     else:
-        batches = [TrainData(*data, 0).get(step) for step in range(3, 9)]
+        batches = [train_data(*data, 0).get(step) for step in range(3, 9)]
     for place, batch in enumerate(batches):
         rows = [[], []]
         for system, parts in enumerate(sizes):

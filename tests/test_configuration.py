@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster
-from configuration import Configuration
+from common.console import UserError
+from configuration import Cluster, Configuration
 from engines.optimizer import learning_rate
 from planner.costs import count
 from planner.machine import parse_bytes
 from runtime.arguments import OTHER_NAMES, parse_configuration, write_configuration
-from runtime.console import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = {  # parameters, depth, width, heads, learning rate, sequence length, batch size
@@ -75,7 +74,7 @@ def test_every_configuration_is_listed_and_has_no_placeholder():
 
 
 @pytest.mark.parametrize(("theirs", "ours"), OTHER_NAMES.items())
-def test_names_of_nanogpt_and_old_ones_are_answered_with_ours(parse, config, theirs, ours):
+def test_names_of_nanogpt_are_answered_with_ours(parse, config, theirs, ours):
     with pytest.raises(UserError, match=f"--{theirs} is not a known key; did you mean {ours}"):
         parse(config.path, f"--{theirs}", "1")
 
@@ -106,17 +105,26 @@ def test_written_configuration_is_a_configuration_again(parse, config, tmp_path)
         (["--batch", "8"], "--batch is not a known key; did you mean batch_size?"),
         (["--num_step=8"], "--num_step is not a known key; did you mean num_steps?"),
         (["--batch_size", "many"], "batch_size: 'many' should be a valid integer"),
-        (["--batch_size", "1.5"], "batch_size: 1.5 should be a valid integer"),
+        (["--batch_size", "1.5"], "batch_size: '1.5' should be a valid integer"),
         (["--bias", "maybe"], "bias: .*maybe"),
         (["--activation", "relu"], "activation: 'relu' should be 'gelu', 'gelu_new' or 'swig"),
         (["--backend", "TPU"], "backend: 'TPU' should be 'auto', 'CPU', 'GPU' or 'CSX'"),
         (["--heads", "5"], "heads: 5 does not divide width 32"),
         (["--sequence_length", "33"], "sequence_length: 33 is above max_position_embeddings 32"),
-        (["--batch_size", "0"], "batch_size: 0 should be greater than 0"),
-        (["--learning_rate", ".nan"], "learning_rate: nan should be a finite number"),
+        (["--batch_size", "0"], "batch_size: '0' should be greater than 0"),
+        (["--learning_rate", ".nan"], "learning_rate: '.nan' should be a valid number"),
         (["--init_std", "-1"], r"init_std: -1.0 is not in \[0, inf\)"),
-        (["--seed", "5000000000"], "seed: 5000000000 should be less than 4294967296"),
-        (["--warmup_steps", "-1"], "warmup_steps: -1 should be greater than or equal to 0"),
+        (["--seed", "5000000000"], "seed: '5000000000' should be less than 4294967296"),
+        (["--warmup_steps", "-1"], "warmup_steps: '-1' should be greater than or equal to 0"),
+        (["--batch_size", "0x10"], "batch_size: '0x10' should be a valid integer"),
+        (["--batch_size", "1:30"], "batch_size: '1:30' should be a valid integer"),
+        (["--batch_size", "1000000000"], "batch_size: '1000000000' should be less than or equal"),
+        (["--batch_size", f"{2**63 - 1}"], f"batch_size: '{2**63 - 1}' should be less than or"),
+        (["--step_timeout", f"{2**63 - 1}"], f"step_timeout: '{2**63 - 1}' should be less than"),
+        (["--adam_epsilon", "1e-320"], "adam_epsilon: '1e-320' should be greater than or equal to"),
+        (["--learning_rate", "1e39"], "learning_rate: '1e39' should be less than 17"),
+        (["--sample_prompts", "The ship"], "sample_prompts: 'The ship' should be a valid list"),
+        (["--sample_prompts", "['']"], "sample_prompts: .* should be printable text"),
         (["stray"], "stray"),
     ],
 )
@@ -129,11 +137,24 @@ def test_wrong_arguments(parse, config, arguments, message):
     ("content", "message"),
     [
         ("widht: 8", "widht is not a known key; did you mean width?"),
-        ("width: [1", "is not YAML"),
+        ("width: [1", "is not a configuration: while parsing a flow sequence"),
         ("just words", "is not a configuration"),
         ("", "is not a configuration"),
         ("width: wide", "width: 'wide' should be a valid integer"),
-        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+        ("!!python/object/apply:os.getcwd []", r"a text that begins with \*, & or ! needs quotes"),
+        (
+            "dataset: &data words\nout_dir: *data",
+            r"a text that begins with \*, & or ! needs quotes",
+        ),
+        ("#" * 2**16 + "\n", "is not a configuration: it has more than 65,536 bytes"),
+        ("width: 32\ndepth: 2\nwidth: 64", "the key 'width' is there twice; remove one"),
+        ("cluster: {job_priority: p1, job_priority: p2}", "the key 'job_priority' is there twice"),
+        ("cluster.job_priority: p1\ncluster: {job_priority: p2}", "'cluster.job_priority' is th"),
+        ("cluster: {}\ncluster: {job_priority: p2}\ncluster.job_priority: p1", "is there twice"),
+        ("batch_size: 1:30", "batch_size: '1:30' should be a valid integer"),
+        ("batch_size: 0x10", "batch_size: '0x10' should be a valid integer"),
+        ("learning_rate: 1:30.5", "learning_rate: '1:30.5' should be a valid number"),
+        ("out_dir: ''", "out_dir: None should be a valid string"),
     ],
 )
 def test_wrong_files(parse, tmp_path, content, message):
@@ -220,7 +241,7 @@ def test_the_cluster_defaults_to_nothing():
         (
             "",
             ["--cluster.max_wgt_servers", "-5"],
-            "cluster.max_wgt_servers: -5 should be greater than 0",
+            "cluster.max_wgt_servers: '-5' should be greater than 0",
         ),
         (
             "cluster: {validate_only: true, compile_only: true}",
@@ -232,7 +253,7 @@ def test_the_cluster_defaults_to_nothing():
             [],
             "cluster.address is not a known key; did you mean cluster.",
         ),
-        ("cluster: [a]", [], "is not a configuration: something in it has no `key: value` lines"),
+        ("cluster: [a]", [], "cluster is a section, with lines such as"),
         ("mount_dirs: [a]", [], "mount_dirs is not a known key; did you mean cluster.mount_dirs?"),
     ],
 )
@@ -245,3 +266,25 @@ def test_a_wrong_cluster(parse, config, section, flags, message):
 def test_an_empty_cluster(parse, config):
     Path(config.path).write_text("vocab_size: 27\ncluster:\n")
     assert asdict(parse(config.path).cluster) == DEFAULTS
+
+
+TEXTS = ["ROMEO:", "A king", "2024", "0777", "1:30", "null", "no", "A: b", "2001-01-01", "[a]"]
+
+
+def test_texts_are_texts_whatever_they_look_like(parse, config):
+    """On the command line, in a list in brackets and in one of lines; a comment is none."""
+    assert parse(config.path, "--sample_prompts", f"[{', '.join(TEXTS)}]").sample_prompts == TEXTS
+    with open(config.path, "a") as file:
+        file.write("memory_limit: 1:30  # a comment\ncluster:\n  job_priority: 0777\n")
+        file.write("sample_prompts:\n" + "".join(f"- {text}  # a comment\n" for text in TEXTS))
+    got = parse(config.path, "--out_dir", "a: [b", "--stream_dir", "#2", "--profile", "2:4")
+    assert got.sample_prompts == TEXTS
+    assert (got.memory_limit, got.cluster.job_priority) == ("1:30", "0777")
+    assert (got.out_dir, got.stream_dir, got.profile) == ("a: [b", "#2", "2:4")
+    assert parse(config.path, "--memory_limit", "null").memory_limit is None
+
+
+def test_numbers_are_written_as_numbers(parse, config):
+    numbers = {"0": 0.0, "-0": 0.0, "+1": 1.0, ".5": 0.5, "5.": 5.0, "5.0e-1": 0.5, "1E+2": 100.0}
+    for written, number in numbers.items():
+        assert parse(config.path, "--weight_decay", written).weight_decay == number

@@ -1,13 +1,21 @@
+import json
 import os
 import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCABULARY
+from conftest import ROOT, VOCABULARY, figures, records, refused, text, worked, write_dataset
+from helpers import eval_data, train_data
 
-from dataset import IGNORE, EvalData, TrainData
-from runtime.console import UserError
-from runtime.tokens import Tokens, write_meta
+from common.console import UserError
+from common.files import write_sealed
+from common.shuffle import hashed, shuffled
+from common.tokens import BLOCK, Tokens, write_meta
+from dataset import IGNORE
 
 
 def write(folder, train: np.ndarray, val: np.ndarray, vocab_size: int, dtype: str = "uint16"):
@@ -25,16 +33,16 @@ def numbers(tmp_path):
 
 
 def test_targets_are_the_next_tokens(numbers):
-    batch = TrainData(numbers, 1003, 10, 4, seed=0).get(7)
+    batch = train_data(numbers, 1003, 10, 4, seed=0).get(7)
     ids, targets = batch.ids, batch.targets
     assert ids.shape == targets.shape == (4, 10)
-    assert ids.dtype == targets.dtype == np.int64
+    assert ids.dtype == targets.dtype == np.int32
     assert (targets == ids + 1).all()
-    assert batch.offsets == ids[:, 0].tolist()
+    assert batch.offsets.tolist() == ids[:, 0].tolist()
 
 
 def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(numbers):
-    batches = TrainData(numbers, 1003, 10, 9, seed=0)  # 99 windows: 11 batches of 9
+    batches = train_data(numbers, 1003, 10, 9, seed=0)  # 99 windows: 11 batches of 9
     epochs = [
         np.concatenate([batches.get(step).ids[:, 0] for step in range(11 * e, 11 * e + 11)])
         for e in range(3)
@@ -46,7 +54,7 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(numbers):
 
 
 def test_order_is_a_function_of_seed_and_step(numbers):
-    batches = [TrainData(numbers, 1003, 10, 8, seed=s) for s in (3, 3, 4)]
+    batches = [train_data(numbers, 1003, 10, 8, seed=s) for s in (3, 3, 4)]
     for step in (40, 0, 13):  # any order, across epochs
         assert np.array_equal(batches[0].get(step).ids, batches[1].get(step).ids)
         assert not np.array_equal(batches[0].get(step).ids, batches[2].get(step).ids)
@@ -54,14 +62,14 @@ def test_order_is_a_function_of_seed_and_step(numbers):
 
 def test_order_is_frozen(numbers):
     """A resume under other versions must go on with the same data: never change these numbers."""
-    batches = TrainData(numbers, 1003, 10, 4, seed=0)
-    assert batches.get(0).ids[:, 0].tolist() == [779, 359, 859, 319]
-    assert batches.get(30).ids[:, 0].tolist() == [957, 947, 37, 367]
+    batches = train_data(numbers, 1003, 10, 4, seed=0)
+    assert batches.get(0).ids[:, 0].tolist() == [330, 410, 370, 720]
+    assert batches.get(30).ids[:, 0].tolist() == [182, 702, 72, 242]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_global_batch_does_not_depend_on_the_number_of_processes(numbers, size):
-    train, val = TrainData(numbers, 1003, 10, 8, seed=0), EvalData(numbers, 1003, 10, 4)
+    train, val = train_data(numbers, 1003, 10, 8, seed=0), eval_data(numbers, 1003, 10, 4)
     asked = [(train, (5,)), *((val, (first, 4)) for first in range(0, len(val), 4))]
     for data, what in asked:
         batch, parts = data.get(*what), [data.get(*what, rank, size) for rank in range(size)]
@@ -71,7 +79,7 @@ def test_global_batch_does_not_depend_on_the_number_of_processes(numbers, size):
 
 @pytest.mark.parametrize(("length", "batch_size"), [(10, 4), (7, 3), (102, 8), (200, 2)])
 def test_evaluation_predicts_every_token_once(numbers, length, batch_size):
-    data = EvalData(numbers, 1003, length, batch_size)
+    data = eval_data(numbers, 1003, length, batch_size)
     batches = [data.get(first, batch_size) for first in range(0, len(data), batch_size)]
     targets = np.concatenate([batch.targets.ravel() for batch in batches])
     assert sorted(targets[targets != IGNORE]) == list(range(1, 103))
@@ -81,21 +89,21 @@ def test_evaluation_predicts_every_token_once(numbers, length, batch_size):
 
 
 def test_evaluation_of_some_batches(numbers):
-    assert len(EvalData(numbers, 1003, 10, 4, batches=2)) == 8
-    assert len(EvalData(numbers, 1003, 10, 4, batches=100)) == 11
+    assert len(eval_data(numbers, 1003, 10, 4, eval_batches=2)) == 8
+    assert len(eval_data(numbers, 1003, 10, 4, eval_batches=100)) == 11
 
 
 def test_large_vocabulary(tmp_path):
     ids = np.array([0, 65536, 99999, 7])
     folder = write(tmp_path / "large", ids, ids, 100_000, "uint32")
-    assert TrainData(folder, 100_000, 3, 1, seed=0).get(0).targets.tolist() == [[65536, 99999, 7]]
+    assert train_data(folder, 100_000, 3, 1, seed=0).get(0).targets.tolist() == [[65536, 99999, 7]]
 
 
 def test_one_sequence_is_enough(tmp_path):
     folder = write(tmp_path / "short", np.arange(11), np.arange(2), 11)
-    assert TrainData(folder, 11, 10, 2, seed=0).get(3).ids.tolist() == [list(range(10))] * 2
+    assert train_data(folder, 11, 10, 2, seed=0).get(3).ids.tolist() == [list(range(10))] * 2
     with pytest.raises(UserError, match="11 tokens, fewer than one sequence of 11 and the token"):
-        TrainData(folder, 11, 11, 2, seed=0)
+        train_data(folder, 11, 11, 2, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +119,14 @@ def test_one_sequence_is_enough(tmp_path):
         (lambda d: (d / "meta.json").write_text("{}"), "meta.json is damaged"),
         (lambda d: (d / "train.bin").unlink(), "train.bin is missing"),
         (lambda d: (d / "train.bin").write_bytes(b"abc"), "3 bytes, and meta.json says"),
+        (lambda d: (d / "train.crc").unlink(), "train.crc is missing"),
+        (lambda d: (d / "train.crc").write_bytes(b"abc"), "train.crc was changed"),
     ],
 )
 def test_damaged_datasets(numbers, damage, message):
     damage(numbers)
     with pytest.raises(UserError, match=message):
-        TrainData(str(numbers), 1003, 10, 4, seed=0)
+        train_data(str(numbers), 1003, 10, 4, seed=0)
 
 
 def test_a_pipe_is_no_dataset(numbers):
@@ -131,23 +141,280 @@ def test_named_datasets_name_their_own_script(numbers):
     (numbers / "prepare.py").touch()
     (numbers / "train.bin").unlink()
     with pytest.raises(UserError, match=r"run: python .*numbers/prepare.py"):
-        TrainData(str(numbers), 1003, 10, 4, seed=0)
+        train_data(str(numbers), 1003, 10, 4, seed=0)
 
 
 def test_vocabulary_above_the_models(numbers):
     with pytest.raises(UserError, match="1,003 token ids, the model's vocab_size is 512"):
-        TrainData(numbers, 512, 10, 4, seed=0)
+        train_data(numbers, 512, 10, 4, seed=0)
 
 
 def test_token_above_what_meta_says(numbers):
     write_meta(numbers, {"vocab_size": VOCABULARY, "dtype": "uint16"})
     with pytest.raises(UserError, match=r"train.bin has token id \d+ .* below 27"):
-        TrainData(numbers, VOCABULARY, 100, 4, seed=0).get(0)
+        train_data(numbers, VOCABULARY, 100, 4, seed=0).get(0)
 
 
 def test_file_cut_off_while_training(numbers):
-    batches = TrainData(numbers, 1003, 10, 4, seed=0)
+    batches = train_data(numbers, 1003, 10, 4, seed=0)
     with open(numbers / "train.bin", "r+b") as file:
         file.truncate(777)
     with pytest.raises(UserError, match="ends early"):
         batches.get(0)
+
+
+@pytest.mark.parametrize("sizes", [range(1, 300), range(4990, 5001)])
+def test_an_order_has_each_window_once(sizes):
+    for size in sizes:
+        order = shuffled(np.arange(size), size, hashed(1, size))
+        assert np.array_equal(np.sort(order), np.arange(size)), size
+
+
+@pytest.mark.long
+def test_an_order_has_each_window_once_at_every_size():
+    test_an_order_has_each_window_once(range(300, 4990))
+
+
+def test_an_order_of_a_billion_windows():
+    """A sample of places has as many windows, spread evenly, and neighbours part."""
+    size, places = 10**9, np.arange(123_456_789, 123_456_789 + 200_000)
+    order = shuffled(places, size, hashed(0, 0))
+    assert len(np.unique(order)) == len(places) and order.min() >= 0 and order.max() < size
+    assert chi_square(np.bincount(order * 1000 // size, minlength=1000)) < 1150
+    steps = np.diff(order)
+    assert (np.abs(steps) < size // 1000).mean() < 0.003
+    assert chi_square(np.bincount(steps % size * 1000 // size, minlength=1000)) < 1150
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 30, 1000])
+def test_orders_of_epochs_and_seeds_are_independent(size):
+    """Every element is equally likely at every place, and after every element of another epoch."""
+    keys = hashed(3, np.arange(40 * size), 1)
+    for place in (0, size - 1):
+        found = shuffled(np.full(len(keys), place), size, keys)
+        assert chi_square(np.bincount(found, minlength=size)) < size + 6 * (2 * size) ** 0.5 + 6
+        steps = np.diff(found) % size
+        assert chi_square(np.bincount(steps, minlength=size)) < size + 6 * (2 * size) ** 0.5 + 6
+
+
+def chi_square(counts: np.ndarray) -> float:
+    mean = counts.sum() / len(counts)
+    return ((counts - mean) ** 2 / mean).sum()
+
+
+def split_up(folder, split: str, sizes: list[int], dtype: str = "uint16"):
+    """The same tokens in shards of these sizes."""
+    ids = np.fromfile(folder / f"{split}.bin", dtype)
+    (folder / f"{split}.bin").unlink()
+    (folder / f"{split}.crc").unlink()
+    for i, part in enumerate(np.split(ids, np.cumsum(sizes))):
+        part.tofile(folder / f"{split}-{i:05}.bin")
+    meta = json.loads((folder / "meta.json").read_text())
+    write_meta(folder, {key: meta[key] for key in ("vocab_size", "dtype")})
+
+
+def test_shards_are_read_as_one_row_of_tokens(numbers, tmp_path):
+    sharded = shutil.copytree(numbers, tmp_path / "sharded")
+    split_up(sharded, "train", [400, 1, 2])
+    split_up(sharded, "val", [50])
+    one, many = (train_data(str(d), 1003, 10, 4, seed=0) for d in (numbers, sharded))
+    for step in range(60):
+        assert np.array_equal(one.get(step).ids, many.get(step).ids)
+    assert np.array_equal(many.tokens.read(0, 1003), np.arange(1003))
+    first, second = (eval_data(str(d), 1003, 10, 4).get(0, 11) for d in (numbers, sharded))
+    assert np.array_equal(first.targets, second.targets)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "train-00001.bin").unlink(), "train-00001.bin is missing"),
+        (lambda d: (d / "train-00001.crc").unlink(), "train-00001.crc is missing"),
+        (lambda d: (d / "train-00001.bin").write_bytes(b"abcd"), "train-00001.bin has 4 bytes"),
+        (lambda d: (d / "train-00003.bin").touch(), "train-00003.bin is a shard too many"),
+        (lambda d: (d / "train.bin").touch(), "train.bin is a shard too many: meta.json names 3"),
+        (lambda d: flip(d / "train-00002.bin"), "train-00002.bin was changed between bytes 0 and"),
+        (lambda d: flip(d / "train-00002.crc"), "train-00002.crc was changed"),
+    ],
+)
+def test_damaged_shards(numbers, damage, message):
+    split_up(numbers, "train", [400, 300])
+    damage(numbers)
+    with pytest.raises(UserError, match=message):
+        train_data(str(numbers), 1003, 10, 4, seed=0).tokens.read(0, 1003)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(3e11, "uint16"), (2e12, "uint32")])
+def test_trillions_of_tokens(tmp_path, tokens, dtype):
+    """Open and first batch on any rank take little time and memory; the files are sparse."""
+    shard, size = 10**9, np.dtype(dtype).itemsize
+    blocks = shard * size // BLOCK
+    sums = [zlib.crc32(bytes(BLOCK))] * blocks + [zlib.crc32(bytes(shard * size % BLOCK))]
+    (tmp_path / "sums").write_bytes(np.array(sums, "<u4").tobytes())
+    checksum, count = zlib.crc32((tmp_path / "sums").read_bytes()), int(tokens) // shard
+    for name in [*(f"train-{i:05}" for i in range(count)), "val"]:
+        with open(tmp_path / f"{name}.bin", "wb") as file:
+            file.truncate(shard * size)
+        os.link(tmp_path / "sums", tmp_path / f"{name}.crc")
+    meta = {"vocab_size": 50257, "dtype": dtype}
+    meta["shards"] = {"train": [[shard, checksum]] * count, "val": [[shard, checksum]]}
+    meta["tokens"] = {"train": shard * count, "val": shard}
+    write_sealed(tmp_path / "meta.json", meta)
+    code = f"""
+import time
+from configuration import Configuration
+from dataset import EvalData, TrainData
+config = Configuration(dataset={str(tmp_path)!r}, batch_size=256)
+
+def memory():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line)
+
+before, began = memory(), time.perf_counter()
+data = TrainData(config)
+EvalData(config, config.dataset)
+batch = data.get(0, RANK, 16)
+first, began = time.perf_counter() - began, time.perf_counter()
+data.get({int(tokens) // 2048 // 256 // 2}, RANK, 16)
+print(first, time.perf_counter() - began, memory() - before, *batch.offsets)
+"""
+    offsets = set()
+    for rank in (0, 15):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("RANK", str(rank))],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+        )
+        first, middle, kilobytes, *found = worked(done).split()
+        assert float(first) < 2 and float(middle) < 2 and int(kilobytes) < 300_000
+        offsets.add(tuple(found))
+    assert len(offsets) == 1
+
+
+@pytest.fixture
+def mixture(tmp_path) -> dict:
+    """Token i of web is i, that of code 5,000 + i."""
+    for name, begin, count in (("web", 0, 1003), ("code", 5000, 303)):
+        ids = np.arange(begin, begin + count)
+        write(tmp_path / name, ids, ids[:43], 6000)
+    return {str(tmp_path / "web"): 0.7, str(tmp_path / "code"): 0.3}
+
+
+def test_the_shares_of_a_mixture_are_exact(mixture):
+    data = train_data(mixture, 6000, 10, 7, seed=1)
+    starts = np.concatenate([data.get(step).ids[:, 0] for step in range(400)])
+    of_code = np.cumsum(starts >= 5000)
+    assert np.abs(of_code - 0.3 * np.arange(1, 2801)).max() < 1
+    for source, windows in ((starts[starts < 5000], 99), (starts[starts >= 5000], 29)):
+        for epoch in np.split(source[: len(source) // windows * windows], len(source) // windows):
+            assert (np.diff(np.sort(epoch)) == 10).all()  # each has epochs of its own
+    ids = data.get(3).ids
+    assert np.array_equal(ids, np.concatenate([data.get(3, r, 3).ids for r in range(3)]))
+    offsets = data.get(3).offsets
+    assert np.array_equal(ids[:, 0], np.where(offsets < 1003, offsets, offsets + 5000 - 1003))
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (0.6, 0.22, 0.08, 0.08, 0.03), (1, 1e-6), (1, 2, 3, 4)])
+def test_shares_by_count(mixture, shares):
+    """Over any stretch, at the start of a run and late in it, in any parts."""
+    data = train_data(mixture, 6000, 10, 7, seed=1)
+    data.shares = [share / sum(shares) for share in shares]
+    for first in (0, 10**10):
+        of, numbers = data.mixed(first, 20_000)
+        parts = [data.mixed(first + begin, 123)[0] for begin in range(0, 12_300, 123)]
+        assert np.array_equal(np.concatenate(parts), of[:12_300])
+        for i, share in enumerate(data.shares):
+            found = numbers[of == i]
+            assert np.array_equal(found, np.arange(len(found)) + (found[0] if len(found) else 0))
+            counted = np.cumsum(of == i) - share * np.arange(1, 20_001)
+            assert counted.max() - counted.min() < 2.5
+            assert first or np.abs(counted).max() < 1.5
+
+
+@pytest.fixture
+def mixed(tmp_path) -> str:
+    """The value of --dataset: two folders with one tokenizer."""
+    folders = [
+        write_dataset(tmp_path / name, text(seed, 2000), text(seed, words))
+        for name, seed, words in (("web", 1, 301), ("code", 2, 201))
+    ]
+    return f"{{{folders[0]}: 0.7, {folders[1]}: 0.3}}"
+
+
+def train(config, *flags) -> str:
+    command = [sys.executable, "train.py", config.path, *map(str, flags)]
+    return worked(subprocess.run(command, cwd=ROOT, text=True, capture_output=True))
+
+
+@pytest.mark.long
+def test_engines_train_alike_on_a_mixture_and_resume(run, config, mixed, tmp_path):
+    """Losses of each engine, with any processes, and after a resume at any step."""
+    flags = ["--dataset", mixed, "--eval_steps", 3, "--checkpoint_steps", 1]
+    shown = train(config, *flags, "--engine", "resident")
+    expected = figures(config.out)
+    each = [r for r in records(config.out, "val_loss")][-1]
+    names = [f"val_loss/{tmp_path / name}" for name in ("web", "code")]
+    lengths = [
+        json.loads((tmp_path / n / "meta.json").read_text())["tokens"]["val"] - 1
+        for n in ("web", "code")
+    ]
+    total = sum(each[name] * length for name, length in zip(names, lengths, strict=True))
+    assert each["val_loss"] == pytest.approx(total / sum(lengths), rel=1e-5)
+    assert f"| {tmp_path / 'code'} {each[names[1]]:.4f}\n" in shown
+    for number, more in enumerate((["--engine", "streaming"], ["--num_systems", 2])):
+        out = tmp_path / f"other{number}"
+        train(config, *flags, *more, "--out_dir", out)
+        for record, known in zip(figures(out), expected, strict=True):
+            assert all(record[key] == pytest.approx(known[key], rel=1e-4) for key in known)
+    for step in (1, 4):
+        out = tmp_path / f"resumed{step}"
+        checkpoint = config.out / f"checkpoint_{step}.mdl"
+        more = ["--out_dir", out, "--checkpoint_path", checkpoint]
+        train(config, *flags, "--engine", "resident", *more)
+        assert figures(out)[-2:] == expected[-2:]
+    seen = run("eval", config.path, "--dataset", mixed, "--checkpoint_path", config.out, "--json")
+    result = json.loads(seen.out)
+    assert result["loss"] == pytest.approx(each["val_loss"], rel=1e-5)
+    assert result[f"loss/{tmp_path / 'web'}"] == pytest.approx(each[names[0]], rel=1e-5)
+
+
+def test_mixtures_that_are_refused(run, config, mixed, tmp_path):
+    web, code = (tmp_path / name for name in ("web", "code"))
+    other = write_dataset(tmp_path / "other", text(1, 400) + "XYZ", text(1, 301))
+    wide = shutil.copytree(web, tmp_path / "wide")
+    for split in ("train", "val"):
+        np.fromfile(wide / f"{split}.bin", "uint16").astype("uint32").tofile(wide / f"{split}.bin")
+    meta = json.loads((wide / "meta.json").read_text())
+    write_meta(wide, meta | {"dtype": "uint32"})
+    for value, message in (
+        (f"{{{web}: 0.7, {code}: 0}}", "dataset: {"),
+        (f"{{{web}: 0.7, {code}: -1}}", "greater than or equal to"),
+        (f"{{{web}: 0.7, {code}: .inf}}", "valid number"),
+        (f"{{{web}: much}}", "valid number"),
+        ("{}", "dataset: {}"),
+        (f"{{{web}: 1, {tmp_path}/nowhere: 1}}", "nowhere/meta.json is missing"),
+        (f"{{{web}: 1, {other}: 1}}", f"{other} and {web} differ in tokenizer_sha256: prepare"),
+        (f"{{{web}: 1, {wide}: 1}}", f"{wide} and {web} differ in dtype: prepare both"),
+    ):
+        seen = run("train", config.path, "--dataset", value, "--vocab_size", 32)
+        refused(subprocess.CompletedProcess([], seen.status, seen.out, seen.err), message)
+
+
+def test_the_plan_counts_epochs(run, config, mixed):
+    """How often each source is seen, and a warning where it is often."""
+    seen = run("plan", config.path, "--dataset", mixed, "--num_steps", 500)
+    names = [Path(part.split(":")[0].strip(" {")) for part in mixed.split(",")]
+    metas = [json.loads((name / "meta.json").read_text()) for name in names]
+    sizes = [meta["tokens"]["train"] for meta in metas]
+    often = [500 * 4 * 32 * share / size for share, size in zip((0.7, 0.3), sizes, strict=True)]
+    assert f"epochs: {often[0]:.3g} of {names[0]}, {often[1]:.3g} of {names[1]}\n" in seen.out
+    assert "is seen" not in seen.err
+    seen = run("plan", config.path, "--dataset", mixed.replace("0.7", "3.5"), "--num_steps", 1000)
+    assert f"warning: {names[0]} is seen " in seen.err
+    assert f"{names[1]} is seen" not in seen.err

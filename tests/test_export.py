@@ -16,10 +16,11 @@ from conftest import ROOT, VOCABULARY, records, write_dataset
 from safetensors.torch import load_file, save_file
 from test_train import refused
 
-from model import GPT, MLP, Block, GPTConfig, Norm
-from runtime.checkpoint import MODEL_CODE, Checkpoint, model_code
-from runtime.files import read_sealed, write_sealed
-from runtime.huggingface import load_model, load_tokenizer
+from common.files import read_sealed, write_sealed
+from model import GPT, MLP, Block, GPTConfig, Head, Norm
+from runtime.samples import Sampling, draw
+from weights.checkpoint import MODEL_CODE, Checkpoint, model_code
+from weights.huggingface import INDEX, load_model, load_tokenizer
 
 SHAPES = {
     "small": {"width": 32, "depth": 2, "heads": 2},
@@ -62,6 +63,56 @@ def test_exported_model_is_the_same(run, trained, tmp_path):
     refused(run("export", "--checkpoint_path", trained, "--out", out), "is not an empty folder")
 
 
+def test_the_files_of_an_export(run, trained, tmp_path, monkeypatch):
+    """As transformers writes them: one, or several with their index, in the same order."""
+    for name, largest in (("one", 10**9), ("several", 40_000)):
+        monkeypatch.setattr("weights.huggingface.LARGEST_FILE", largest)
+        seen = run("export", "--checkpoint_path", trained, "--out", tmp_path / name)
+        assert seen.status == 0, seen.err
+    (one,) = (tmp_path / "one").glob("*.safetensors")
+    assert one.name == "model.safetensors" and not (tmp_path / "one" / INDEX).exists()
+    several = sorted((tmp_path / "several").glob("*.safetensors"))
+    assert several[0].name == f"model-00001-of-{len(several):05}.safetensors" and len(several) > 2
+    assert all(file.stat().st_size < 45_000 for file in several)
+    whole = load_file(one)
+    assert "lm_head.weight" not in whole
+    index = json.loads((tmp_path / "several" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    parts = {name: file.name for file in several for name in load_file(file)}
+    assert index["weight_map"] == parts
+    for file in several:
+        assert all(torch.equal(whole[name], t) for name, t in load_file(file).items())
+    keys = json.loads((tmp_path / "one/tokenizer_config.json").read_text())
+    assert keys["tokenizer_class"] == "PreTrainedTokenizerFast" and "bos_token" not in keys
+
+
+def test_evaluating_a_released_model(run, trained, config, tmp_path):
+    """As its checkpoint does, and as the training from it says before its first step."""
+    out, tuned = tmp_path / "exported", tmp_path / "tuned"
+    run("export", "--checkpoint_path", trained, "--out", out)
+    shape = [part for key in ("width", "depth", "heads") for part in (f"--{key}", 8)]
+    results = []
+    for flags in (["--init_from", out, *shape], ["--checkpoint_path", trained, "--init_from", out]):
+        seen = run("eval", config.path, "--json", *flags)
+        assert seen.status == 0, seen.err
+        results.append(json.loads(seen.out))
+    assert results[0]["step"] == 0
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6)
+    flags = ["--init_from", out, "--out_dir", tuned, "--num_steps", 3, "--eval_on_start", "true"]
+    assert "step 0/3 | val_loss" in run("train", config.path, *flags).out
+    first, last = records(tuned, "val_loss")
+    assert (first["step"], last["step"]) == (0, 3)
+    assert first["val_loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+    seen = run("plan", config.path, "--init_from", out)
+    weights = Checkpoint(trained).weights
+    count = sum(math.prod(Checkpoint(trained).tensors[name]["shape"]) for name in weights)
+    assert seen.status == 0 and f"{count:,} parameters" in seen.out, seen.err
+    (out / "config.json").unlink()
+    (out / "model.safetensors").rename(out / "pytorch_model.bin")
+    for words in (["eval", config.path], ["plan", config.path], ["sample", "--prompt", "a"]):
+        refused(run(*words, "--init_from", out), f"init_from: {out}: ")
+
+
 def test_there_and_back(run, trained, config, tmp_path):
     """init_from an exported model evaluates to the same loss: both ways are right."""
     out, back = tmp_path / "exported", tmp_path / "back"
@@ -102,20 +153,23 @@ def test_init_from_weights_of_transformers(run, config, tmp_path):
 
 
 def test_what_model_cannot_compute(run, config, tmp_path):
-    from transformers import GPT2Config, GPTNeoXConfig
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig
 
     GPTNeoXConfig().save_pretrained(tmp_path / "neox")
     seen = run("train", config.path, "--init_from", tmp_path / "neox")
-    refused(seen, "its model_type is 'gpt_neox'; known are gpt2, llama")
-    GPT2Config(scale_attn_weights=False).save_pretrained(tmp_path / "unscaled")
+    refused(seen, "its model_type is 'gpt_neox'; known are gpt2, llama, mistral, qwen2, qwen3")
+    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=1, n_head=4)
+    shape.scale_attn_weights = False
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "unscaled")
     seen = run("train", config.path, "--init_from", tmp_path / "unscaled")
     refused(seen, "its scale_attn_weights is False, which model.py can't compute")
 
 
-def test_export_without_biases(run, config, tmp_path):
+@pytest.mark.parametrize("key", ["bias", "tied_head"])
+def test_export_without(run, config, tmp_path, key):
     from transformers import GPT2LMHeadModel
 
-    run("train", config.path, "--num_steps", 3, "--bias", "false")
+    run("train", config.path, "--num_steps", 3, f"--{key}", "false")
     checkpoint = Checkpoint(config.out / "checkpoint_3.mdl")
     run("export", "--checkpoint_path", checkpoint.path, "--out", tmp_path / "exported")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "exported").eval()
@@ -139,22 +193,8 @@ def test_eval(run, config):
     assert f"loss {result['loss']:.6g} | perplexity" in seen.out
 
 
-def test_eval_takes_the_model_from_the_checkpoint(run, config):
-    run("train", config.path, "--dropout", 0.3, "--num_steps", 3)
-    checkpoint = config.out / "checkpoint_3.mdl"
-    flags = ["--checkpoint_path", checkpoint, "--json", "--batch_size", 3]
-    losses = [
-        json.loads(run("eval", config.path, *flags, *more).out)["loss"]
-        for more in ([], [], ["--width", 64, "--depth", 7, "--dropout", 0.5])
-    ]
-    assert losses[0] == losses[1] == losses[2]
-
-
 def test_eval_refusals(run, config, tmp_path):
     refused(run("eval", config.path), "--checkpoint_path is required")
-    refused(
-        run("eval", config.path, "--checkpoint_path", "latest"), "--checkpoint_path is required"
-    )
     refused(run("eval", config.path, "--checkpoint_path", tmp_path), "is not a checkpoint")
     run("train", config.path, "--num_steps", 3)
     flags = ["--checkpoint_path", "latest", "--dataset", tmp_path / "nothing"]
@@ -192,14 +232,58 @@ def test_sample_follows_the_model(run, config):
     assert written == tokenizer.decode(ids[0])
 
 
-def test_sample_asks_for_prompts(run, config, monkeypatch):
+def test_sample_reads_prompts_from_a_pipe(run, config, monkeypatch):
+    """Each line is one, but for empty ones; stdout has the texts alone."""
     run("train", config.path, "--num_steps", 3)
-    monkeypatch.setattr("sys.stdin", io.StringIO("abc\nZ\nxy\n\nnot read\n"))
     flags = ["--checkpoint_path", config.out / "checkpoint_3.mdl", "--max_new_tokens", 5]
+    expected = [run("sample", *flags, "--prompt", prompt).out for prompt in ("abc", "xy")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\nabc\n\nZ\n"))
     seen = run("sample", *flags)
-    assert seen.status == 0
-    assert seen.out.count("Enter a prompt (RETURN to exit): ") == 4
-    assert "abc" in seen.out and "xy" in seen.out and "not read" not in seen.out
+    assert (seen.status, seen.out) == (0, expected[0])
+    assert "warning: the prompt 'Z' has a character that the vocabulary lacks" in seen.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\nxy"))
+    assert run("sample", *flags).out == expected[1]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    refused(run("sample", *flags), "stdin is not text in utf-8")
+
+
+@pytest.mark.long
+def test_sample_asks_for_prompts_on_a_terminal(run, config):
+    """Up to an empty line; the question is not in stdout."""
+    run("train", config.path, "--num_steps", 3)
+    flags = ["--checkpoint_path", str(config.out / "checkpoint_3.mdl"), "--max_new_tokens", "5"]
+    ours, terminal = os.openpty()
+    os.write(ours, b"abc\nxy\n\nnot read\n")
+    done = subprocess.run(
+        [sys.executable, "sample.py", *flags], cwd=ROOT, stdin=terminal, capture_output=True
+    )
+    for descriptor in (ours, terminal):
+        os.close(descriptor)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(b"Enter a prompt (RETURN to exit): ") == 3
+    assert done.stdout.startswith(b"abc") and b"\nxy" in done.stdout
+    assert b"Enter" not in done.stdout and b"not read" not in done.stdout
+
+
+def test_top_p(run, config):
+    """The tokens that are left, and their shares, are those of transformers; the command's smallest
+    top_p leaves the likeliest token alone."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+    expected = logits
+    for warper in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(40), TopPLogitsWarper(0.6)):
+        expected = warper(None, expected)
+    drawn = draw(logits.expand(20000, 300), Sampling(0.7, 40, 0.6))
+    shares = drawn.flatten().bincount(minlength=300) / 20000
+    torch.testing.assert_close(shares, expected.softmax(1)[0], atol=0.015, rtol=0)
+    assert set(drawn.flatten().tolist()) == set(expected.isfinite()[0].nonzero().flatten().tolist())
+
+    run("train", config.path, "--num_steps", 3)
+    flags = ["--checkpoint_path", config.out, "--prompt", "abc"]
+    narrow = run("sample", *flags, "--top_p", 1e-6)
+    assert narrow.status == 0, narrow.err
+    assert narrow.out == run("sample", *flags, "--temperature", 0).out
 
 
 def test_sample_refusals(run, config):
@@ -211,6 +295,7 @@ def test_sample_refusals(run, config):
     )
     refused(run("sample", *flags, "--prompt", ""), "the prompt is empty")
     refused(run("sample", *flags, "--top_k", 0, "--prompt", "a"), "start at 1")
+    refused(run("sample", *flags, "--top_p", 0, "--prompt", "a"), "top_p: 0.0 is not above 0")
     refused(run("sample", "--checkpoint_path", "nowhere.mdl"), "there is no such checkpoint")
 
 
@@ -218,18 +303,16 @@ def test_a_checkpoint_of_another_shape(run, config):
     """A checkpoint whole in itself, but whose norm has one number, which would broadcast."""
     run("train", config.path, "--num_steps", 3)
     path = config.out / "checkpoint_3.mdl"
-    file, manifest = path / "norm.safetensors", read_sealed(path / "manifest.json")
+    file, manifest = path / "head.safetensors", read_sealed(path / "manifest.json")
     save_file({name: v[:1].clone() for name, v in load_file(file).items()}, file)
     content = file.read_bytes()
     manifest["files"][file.name] = {
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    for name in ("norm.weight", "norm.bias"):
-        manifest["tensors"][name] |= {"shape": [1], "parts": [{"file": file.name, "rows": [0, 1]}]}
     write_sealed(path / "manifest.json", manifest)
     seen = run("train", config.path, "--checkpoint_path", "latest")
-    refused(seen, "norm.weight has shape [1], the model in model.py [32]")
+    refused(seen, "head.norm.weight has shape [1], the model in model.py [32]")
 
 
 def test_init_from_weights_that_lack_some(run, config, tmp_path):
@@ -264,15 +347,17 @@ def squared_relu(self: MLP, x: torch.Tensor) -> torch.Tensor:
     return self.proj(F.relu(self.fc(x)).square())
 
 
+def capped(self: Head, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return 0.2 * torch.tanh(F.linear(self.norm(x), table) / 0.2)
+
+
 @pytest.mark.parametrize(
-    ("part", "forward", "more", "where"),
-    [
-        (Block, parallel, [], "decoder.0 of model.py differs from transformers'"),
-        (MLP, squared_relu, ["--bias", "false"], "decoder.0 of model.py differs"),
-    ],
+    ("part", "forward", "more"),
+    [(Block, parallel, []), (MLP, squared_relu, ["--bias", "false"]), (Head, capped, [])],
 )
-def test_a_changed_model(run, config, monkeypatch, tmp_path, part, forward, more, where):
+def test_a_changed_model(run, config, monkeypatch, tmp_path, part, forward, more):
     """As the README changes it: what is written is what model.py computes, and it is no GPT-2."""
+    where = "transformers' GPT-2 is another model: its logits differ from those of model.py"
     monkeypatch.setattr(part, "forward", forward)
     run("train", config.path, *more)
     path = config.out / "checkpoint_6.mdl"
@@ -305,7 +390,7 @@ def test_a_wider_mlp_and_another_parameter_are_no_gpt2(run, config, monkeypatch,
         self.register_forward_hook(lambda block, inputs, output: block.ln_3(output))
 
     for change, message in (
-        (wider, "mlp.c_fc.weight has shape [32, 64], transformers' is [32, 128]"),
+        (wider, "size mismatch for transformer.h.0.mlp.c_fc.weight"),
         (further, "'decoder.0.ln_3.weight' has no place in transformers' GPT-2"),
     ):
         monkeypatch.setattr(Block, "__init__", change)
@@ -325,15 +410,15 @@ def test_other_model_code_is_said(run, config, monkeypatch, tmp_path):
         ("export", "--checkpoint_path", config.out, "--out", tmp_path / "exported"),
         ("train", config.path, "--checkpoint_path", "latest", "--num_steps", 4),
     ]
-    note = "warning: model.py or loss.py has changed since"
+    note = "warning: model.py, loss.py or ops.py has changed since"
     assert note not in run(*commands[0]).err
-    monkeypatch.setattr("runtime.checkpoint.MODEL_CODE", "another")
+    monkeypatch.setattr("weights.checkpoint.MODEL_CODE", "another")
     for command in commands:
         assert run(*command).err.count(note) == 1, command
 
 
 def test_comments_do_not_change_the_code_of_a_model(tmp_path):
-    for name in ("model.py", "loss.py"):
+    for name in ("model.py", "loss.py", "ops.py"):
         (tmp_path / name).write_text("# a comment\n\n" + (ROOT / name).read_text())
     assert model_code(tmp_path) == MODEL_CODE
     with open(tmp_path / "loss.py", "a") as file:
@@ -354,7 +439,7 @@ def test_init_from_another_tokenizer(run, trained, config, tmp_path):
     (tmp_path / "exported" / "tokenizer.json").unlink()
     seen = run("train", config.path, *flags, "--dataset", other, "--num_steps", 1)
     assert seen.status == 0
-    assert "exported has no tokenizer: make sure that both use the same" in seen.err
+    assert "exported has no tokenizer.json: make sure that both use the same" in seen.err
 
 
 def test_init_from_several_files_in_half_precision(run, trained, config, tmp_path):
@@ -384,7 +469,7 @@ def test_too_large_to_sample(run, config, monkeypatch):
 def test_eval_that_is_not_finite_is_json(run, config):
     run("train", config.path, "--num_steps", 3)
     path = config.out / "checkpoint_3.mdl"
-    damage_tensor(path, "norm.weight", lambda tensor: tensor * 1e38)
+    damage_tensor(path, "head.norm.weight", lambda tensor: tensor * 1e38)
     seen = run("eval", config.path, "--checkpoint_path", path, "--json")
     result = json.loads(seen.out, parse_constant=lambda word: pytest.fail(word))
     assert result["loss"] is None or result["perplexity"] is None
@@ -393,7 +478,8 @@ def test_eval_that_is_not_finite_is_json(run, config):
 def damage_tensor(path: Path, name: str, change) -> None:
     """Changes a tensor of a checkpoint as somebody would who knows the format."""
     manifest = read_sealed(path / "manifest.json")
-    file = path / manifest["tensors"][name]["parts"][0]["file"]
+    ((file, _),) = Checkpoint(path).tensors[name]["parts"]
+    file = path / file
     tensors = load_file(file)
     save_file(tensors | {name: change(tensors[name])}, file)
     manifest["files"][file.name]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -408,7 +494,7 @@ def damage_tensor(path: Path, name: str, change) -> None:
         (["--seed", "-1"], "seed: -1 is not from 0"),
         (
             ["--checkpoint_path", "latest", "--out_dir", "nowhere"],
-            "nowhere has no checkpoint; use the",
+            "nowhere: there is no such checkpoint or run",
         ),
     ],
 )
@@ -465,6 +551,7 @@ def test_the_model_card(run, config, tmp_path):
     assert records(tmp_path / "again")[-1]["loss"] == records(config.out)[-1]["loss"]
 
 
+@pytest.mark.long
 def test_a_push_without_a_token_or_a_network(run, config, tmp_path):
     run("train", config.path)
     words = [sys.executable, "export.py", "--checkpoint_path", config.out, "--push_to", "me/words"]

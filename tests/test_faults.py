@@ -20,12 +20,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, VOCABULARY, figures, text, write_dataset
+from conftest import ROOT, VOCABULARY, figures, records, text, write_dataset
 from faults import Fault, Forks
 
+from common.files import read_sealed
 from engines.store import PREFIX
-from runtime.checkpoint import Checkpoint, find_checkpoints
-from runtime.files import read_sealed
+from weights.checkpoint import Checkpoint, find_checkpoints
 
 ENGINES = {
     "resident": ["--engine", "resident"],
@@ -76,7 +76,12 @@ class Runs:
             **{"max_position_embeddings": 32, "sequence_length": 32, "batch_size": 4},
             **{"dataset": str(folder / "words"), "backend": "CPU", "learning_rate": 1e-2},
             **{"warmup_steps": 2, "decay_steps": 50, "num_steps": 4, "checkpoint_steps": 2},
-            **{"eval_steps": 4, "keep_checkpoints": 1, "out_dir": str(folder / "before")},
+            **{
+                "eval_steps": 4,
+                "log_steps": 1,
+                "keep_checkpoints": 1,
+                "out_dir": str(folder / "before"),
+            },
         }
         self.config = folder / "small.yaml"
         self.config.write_text(yaml.safe_dump(values))
@@ -114,9 +119,10 @@ class Runs:
         ]
 
     def train(self, out: Path, *flags: object, **keys: object) -> SimpleNamespace:
-        """What the first system said, and the points of the one that was struck."""
+        """What the systems said, and the points of the one that was struck."""
         seen = [self.forks.end(process) for process in self.begin(out, *flags, **keys)]
         first = seen[0]
+        first.err = "".join(one.err for one in seen)
         first.points = seen[keys.get("struck", 0)].points
         first.statuses = [one.status for one in seen]
         return first
@@ -377,13 +383,11 @@ def test_a_damaged_file_of_a_checkpoint(runs, engine, damage, some, tally):
         out = whole.with_name(f"{whole.name}_{name}")
         shutil.copytree(whole, out)
         DAMAGES[damage](out / "checkpoint_4.mdl" / name)
-        if (out / "checkpoint_4.mdl" / "manifest.json").is_file():  # else it is none
-            seen = runs.train(out, *LATEST, "--num_steps", 6)
-            told_in_a_line(seen)
-            assert "checkpoint_4.mdl is damaged: " in seen.err and name in seen.err
-            changed = "delete it to resume from the one before"
-            assert (changed in seen.err) == ("checksum differs" in seen.err)
-            shutil.rmtree(out / "checkpoint_4.mdl")
+        seen = runs.train(out, *LATEST, "--num_steps", 6)
+        told_in_a_line(seen)
+        assert "checkpoint_4.mdl is damaged: " in seen.err and name in seen.err
+        assert "move it away to use the one before" in seen.err
+        shutil.rmtree(out / "checkpoint_4.mdl")
         runs.worked(runs.train(out, *LATEST, "--keep_checkpoints", 5))
         assert figures(out)[-3:] == runs.expected[-3:]
         shutil.rmtree(out)
@@ -391,6 +395,76 @@ def test_a_damaged_file_of_a_checkpoint(runs, engine, damage, some, tally):
     names = some(engine, sorted(path.name for path in (whole / "checkpoint_4.mdl").iterdir()))
     at_once(try_file, names)
     tally(f"a file of a checkpoint is {damage}", engine, len(names), f"named and refused; {SAME}")
+
+
+def copied(source: Path, names: list[str], folder: Path) -> None:
+    """A copy that broke off: these files, and half of the last."""
+    folder.mkdir()
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    os.truncate(folder / names[-1], (source / names[-1]).stat().st_size // 2)
+
+
+@pytest.mark.parametrize("fault", ["manifest lost", "half copied"])
+@pytest.mark.parametrize("engine", ["resident", LONG])
+def test_a_checkpoint_in_part(runs, engine, fault, some, tally):
+    """It is refused by name by every start in its folder, which deletes nothing; moved away, the
+    one before goes on to the same numbers."""
+    runs = runs(engine)
+    whole = runs.copy()
+    runs.worked(runs.train(whole, *LATEST, "--keep_checkpoints", 5))
+    names = sorted(path.name for path in (whole / "checkpoint_4.mdl").iterdir())
+    orders = [[name for name in names if name != "manifest.json"]]
+    if fault == "half copied":
+        orders = [["manifest.json", *orders[0]], [*orders[0], "manifest.json"]]
+    parts = {tuple(order[:count]) for order in orders for count in range(1, len(order) + 1)}
+
+    def resume(part: tuple[str, ...]) -> None:
+        out = whole.with_name(f"{whole.name}_{fault}_{len(part)}_{part[0]}")
+        shutil.copytree(whole, out)
+        shutil.rmtree(out / "checkpoint_4.mdl")
+        copied(whole / "checkpoint_4.mdl", list(part), out / "checkpoint_4.mdl")
+        before = {path: path.read_bytes() for path in out.glob("*.mdl/*")}
+        before[out / "metrics.jsonl"] = (out / "metrics.jsonl").read_bytes()
+        for flags, said in (
+            (LATEST, "checkpoint_4.mdl is damaged: "),
+            ([], "already has checkpoint_4.mdl; "),
+            (["--checkpoint_path", out / "checkpoint_2.mdl"], "already has checkpoint_4.mdl; "),
+        ):
+            seen = runs.train(out, *flags)
+            told_in_a_line(seen)
+            assert said in seen.err
+        assert all(path.read_bytes() == content for path, content in before.items())
+        (out / "checkpoint_4.mdl").rename(out / "away")
+        runs.check(out)
+
+    tried = some(engine, sorted(parts))
+    at_once(resume, tried)
+    note = f"refused by name, nothing deleted; moved away: {SAME.removeprefix('all whole, ')}"
+    tally(fault, engine, len(tried), note)
+
+
+@pytest.mark.long
+def test_killed_while_samples_are_recorded(runs, tally):
+    """An evaluation without its samples makes up for them, and no record is there twice."""
+    runs = runs("resident")
+    flags = [*LATEST, "--sample_prompts", "[abc, the ship]"]
+    whole = runs.copy()
+    runs.worked(runs.train(whole, *flags))
+    assert [record["step"] for record in records(whole, "samples")] == [4]
+    seen = runs.train(runs.copy(), *flags, fault=Fault(where="metrics.jsonl"))
+
+    def kill(point: int) -> None:
+        out = runs.copy()
+        killed = runs.train(out, *flags, fault=Fault("kill", point, "metrics.jsonl"))
+        assert killed.status == -signal.SIGKILL
+        again = runs.train(out, *flags)
+        assert again.status == 0 or "nothing is left to train" in again.err, again.err
+        assert figures(out) == figures(whole)
+        shutil.rmtree(out)
+
+    at_once(kill, list(range(1, seen.points + 1)))
+    tally("SIGKILL at a record, with samples", "resident", seen.points, "all resumed, none missing")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -557,8 +631,8 @@ def test_a_weight_that_is_not_finite(runs, engine, tally):
     """As a checkpoint could hold it that another program wrote."""
     from safetensors.torch import load_file, save_file
 
-    from runtime.checkpoint import _describe
-    from runtime.files import write_sealed
+    from common.files import write_sealed
+    from weights.checkpoint import _describe
 
     runs = runs(engine)
     out = runs.copy()
@@ -578,7 +652,7 @@ def test_a_weight_that_is_not_finite(runs, engine, tally):
 
 def test_data_that_are_not_of_the_model(runs, tally):
     """An id above the vocabulary, in a file whose checksums are right."""
-    from runtime.tokens import write_meta
+    from common.tokens import write_meta
 
     runs = runs("resident")
     broken, out = runs.folder / "large", runs.copy()

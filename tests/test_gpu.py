@@ -3,11 +3,12 @@
 import pytest
 import torch
 from conftest import records
-from test_compile import CASES, graphs
+from test_compile import CASES, compiled_equals_eager, graphs
 from test_sharded import command
 from test_train import batches_of, close, engine_config, quiet, train
 
-from engines import base, store
+import loss
+from engines import buffers, store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +19,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def loss_in_chunks(monkeypatch):
     """As models of a real size have it."""
-    monkeypatch.setattr(base, "LOSS_ROWS", {"CPU": 16, "GPU": 16})
+    monkeypatch.setattr(loss, "CHUNK", {"cpu": 16, "cuda": 16})
 
 
 @pytest.mark.parametrize("keys", [{"compile": True}, {"precision": "tf32"}])
@@ -65,6 +66,13 @@ STREAMED = [
         "micro_batch_size": 1,
         "stream_batch_size": 2,
     },
+    {
+        "stream_to": "ram",
+        "activation_checkpointing": False,
+        "micro_batch_size": 1,
+        "stream_batch_size": 2,
+        "blocks_on_device": 2,
+    },
 ]
 
 
@@ -88,11 +96,12 @@ def test_streaming_equals_resident(dataset, tmp_path, monkeypatch, keys):
         "depth": 6,
         "learning_rate": 1e-3,
     } | keys
+    staying = keys.pop("blocks_on_device", 0)
     config = engine_config(backend="GPU", engine="streaming", out_dir=str(tmp_path), **keys)
     same = {key: keys[key] for key in ("depth", "learning_rate")}
     same["micro_batch_size"] = config.micro_batch_size
     expected, _ = train(engine_config(backend="GPU", **same), dataset)
-    got, engine = train(config, dataset)
+    got, engine = train(config, dataset, blocks_on_device=staying)
     for a, b in zip(expected, got, strict=True):
         assert close(b.loss, a.loss, 1e-5)
         assert close(b.grad_norm, a.grad_norm, 1e-4)
@@ -107,16 +116,32 @@ def test_graphs(dataset, tmp_path, case):
 
 @pytest.mark.parametrize("keys", STREAMED)
 def test_compiled_streaming_follows_resident_in_bf16(dataset, tmp_path, monkeypatch, keys):
+    """At a rate at which rounding does not grow: at 1e-2 losses of equal steps differed by 5%."""
     monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
     same = {"backend": "GPU", "precision": "bf16", "compile": True, "depth": 6}
-    same["micro_batch_size"] = keys.get("micro_batch_size", 4)
+    same |= {"learning_rate": 1e-3, "micro_batch_size": keys.get("micro_batch_size", 4)}
     expected, _ = train(engine_config(**same), dataset)
     more = {"activation_location": "device", "stream_batch_size": 4, "out_dir": str(tmp_path)}
-    config = engine_config(engine="streaming", **{**more, **same, **keys})
-    got, engine = train(config, dataset)
+    more |= same | keys
+    staying = more.pop("blocks_on_device", 0)
+    config = engine_config(engine="streaming", **more)
+    got, engine = train(config, dataset, blocks_on_device=staying)
     engine.close()
     for a, b in zip(expected, got, strict=True):
-        assert close(b.loss, a.loss, 5e-3)
+        assert close(b.loss, a.loss, 1e-3)
+
+
+def test_compiled_dropout_equals_eager_dropout(dataset, tmp_path):
+    """A block that is computed again draws the masks of its forward pass."""
+    compiled_equals_eager(dataset, tmp_path, "GPU", dropout=0.3, tolerance=1e-4)
+
+
+def test_a_pin_that_fails_leaves_no_error_to_the_next_kernel():
+    """Memory that is pinned already is refused."""
+    array = buffers.Array(2**20, pinned=True)
+    assert array.pinned and not buffers.pin(array.tensor)
+    assert torch.ones(8, device="cuda").sum().item() == 8
+    array.unpin()
 
 
 def test_a_run_crosses_from_resident_to_streaming(run, config):

@@ -1,4 +1,5 @@
-"""Llama's parts in model.py, against transformers' LlamaForCausalLM and through every engine."""
+"""The parts of Llama, Mistral, Qwen2 and Qwen3 in model.py, against transformers' models and
+through every engine."""
 
 import json
 import math
@@ -8,19 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY, figures, records
+from helpers import train_data
 from test_export import our_logits
 from test_sharded import command
 from test_streaming import equal_runs, state_of, streaming_config
 from test_train import close, engine_config, refused, train
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from configuration import Configuration
-from dataset import TrainData
 from engines import open_engine
 from engines.optimizer import learning_rate
 from model import GPT, GPTConfig
-from runtime.checkpoint import Checkpoint
-from runtime.huggingface import read_hugging_face
+from planner.measure import sizes
+from weights.checkpoint import Checkpoint
+from weights.families import family_of
+from weights.huggingface import hugging_face_tensors, read_hugging_face
 
 LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
 LLAMA |= {"kv_heads": 2, "heads": 4, "mlp_width": 88, "tied_head": False}
@@ -32,21 +35,42 @@ SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+QWEN = LLAMA | {"bias": "qkv", "qk_norm": True, "head_width": 24}
+THETA = {"rope_type": "default", "rope_theta": 1000000.0}
 SHAPES = {
-    "grouped heads, tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "untied": {},
-    "llama 3": {"num_key_value_heads": 1, "rope_parameters": SCALING},
-    "odd vocabulary, biases": {"vocab_size": 31, "attention_bias": True, "mlp_bias": True},
+    "grouped heads, tied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "untied": ("llama", {}),
+    "llama 3": ("llama", {"num_key_value_heads": 1, "rope_parameters": SCALING}),
+    "biases": ("llama", {"vocab_size": 31, "attention_bias": True, "mlp_bias": True}),
+    "wide heads": ("llama", {"head_dim": 24, "attention_bias": True}),
+    "biases of the mlp": ("llama", {"head_dim": 8, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None, "num_key_value_heads": 2}),
+    "a window": ("mistral", {"sliding_window": 2048, "tie_word_embeddings": True}),
+    "mistral nemo": ("mistral", {"sliding_window": None, "head_dim": 24}),
+    "mistral scaled": ("mistral", {"sliding_window": None, "rope_parameters": SCALING}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 31}),
+    "qwen2 theta": ("qwen2", {"num_key_value_heads": 1, "rope_parameters": THETA}),
+    "qwen2 wide": ("qwen2", {"head_dim": 24}),
+    "qwen3": ("qwen3", {"head_dim": 32, "num_key_value_heads": 2}),
+    "qwen3 tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3 biases": ("qwen3", {"head_dim": 8, "attention_bias": True, "rope_parameters": THETA}),
+    "qwen3 odd heads": ("qwen3", {"head_dim": 32, "num_attention_heads": 5}),
 }
+# One of each family in every run of the tests, and the others where there is time
+EACH = {"wide heads", "a window", "qwen2", "qwen3"}
+SOME = [s if s in EACH else pytest.param(s, marks=pytest.mark.long) for s in SHAPES]
 
 
-def their_model(out: Path, positions: int = 16384, **keys) -> LlamaForCausalLM:
-    """A random Llama of transformers, saved in `out`, whose norms are not all ones."""
+def their_model(out: Path, positions: int = 16384, kind: str = "llama", **keys):
+    """A random model of transformers, saved in `out`, whose norms are not all ones."""
     shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 88}
-    shape |= {"max_position_embeddings": positions, "rms_norm_eps": 1e-5}
+    shape |= {"num_attention_heads": 4, "intermediate_size": 88, "bos_token_id": None}
+    shape |= {"max_position_embeddings": positions, "rms_norm_eps": 1e-5, "eos_token_id": None}
+    shape |= keys
+    shape = {"num_key_value_heads": shape["num_attention_heads"]} | shape
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**shape | keys)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval()
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(out, max_shard_size="100KB")
@@ -64,21 +88,26 @@ def loaded(out: Path, **keys) -> tuple[Configuration, GPT]:
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_logits_equal_transformers(tmp_path, shape):
-    """At positions where Llama 3's scaling matters too."""
-    theirs = their_model(tmp_path / "theirs", **SHAPES[shape])
+    """At positions where Llama 3's scaling matters too, and as our model is exported."""
+    kind, keys = SHAPES[shape]
+    theirs = their_model(tmp_path / "theirs", kind=kind, **keys)
     assert (tmp_path / "theirs/model.safetensors.index.json").exists()
     config, model = loaded(tmp_path / "theirs")
-    ids = torch.randint(config.vocab_size, (2, 2048), generator=torch.Generator().manual_seed(0))
+    length = 2048 if keys.get("rope_parameters") == SCALING else 128
+    ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     expected = theirs(ids).logits
     assert expected.abs().max() > 1
     assert (model(ids) - expected).abs().max() < 1e-4
+    back = AutoModelForCausalLM.from_config(family_of(config).theirs(config)).eval()
+    back.load_state_dict(dict(hugging_face_tensors(config, model.get_parameter)), strict=False)
+    assert (back(ids).logits - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SOME)
 def test_there_and_back(run, config, tmp_path, shape):
     """Imported, trained three steps, exported and opened with transformers; then imported again."""
-    keys = {"positions": 64} | SHAPES[shape] | {"vocab_size": max(VOCABULARY, 31)}
-    their_model(tmp_path / "theirs", **keys)
+    kind, keys = SHAPES[shape]
+    their_model(tmp_path / "theirs", 64, kind, **keys | {"vocab_size": max(VOCABULARY, 31)})
     flags = ["--init_from", tmp_path / "theirs", "--num_steps", 3, "--warmup_steps", 0]
     seen = run("train", config.path, *flags)
     assert seen.status == 0, seen.err
@@ -86,7 +115,7 @@ def test_there_and_back(run, config, tmp_path, shape):
     out = tmp_path / "exported"
     assert run("export", "--checkpoint_path", checkpoint.path, "--out", out).status == 0
     theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert isinstance(theirs, LlamaForCausalLM)
+    assert theirs.config.model_type == kind.replace("mistral", "llama")  # which computes the same
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = torch.randint(VOCABULARY, (3, 64), generator=torch.Generator().manual_seed(0))
     expected = our_logits(checkpoint, ids)
@@ -95,24 +124,26 @@ def test_there_and_back(run, config, tmp_path, shape):
     assert (again(ids) - expected).abs().max() < 1e-5
 
 
-def test_steps_equal_a_loop_over_transformers(dataset, tmp_path):
+@pytest.mark.parametrize("shape", SOME)
+def test_steps_equal_a_loop_over_transformers(dataset, tmp_path, shape):
     """Ten clipped steps."""
-    theirs = their_model(tmp_path / "theirs", 32, num_key_value_heads=2)
+    kind, keys = SHAPES[shape]
+    theirs = their_model(tmp_path / "theirs", 32, kind, **keys | {"vocab_size": VOCABULARY})
     keys = {"batch_size": 4, "micro_batch_size": 4, "sequence_length": 32, "precision": "fp32"}
-    keys |= {"backend": "CPU", "engine": "resident", "learning_rate": 1e-2, "warmup_steps": 3}
+    keys |= {"backend": "CPU", "engine": "resident", "learning_rate": 1e-3, "warmup_steps": 3}
     config, read = read_hugging_face(
         Configuration(**keys, init_from=str(tmp_path / "theirs"), max_gradient_norm=0.1)
     )
     engine = open_engine(config)
     engine.load(read, None)
-    batches = TrainData(dataset, VOCABULARY, 32, 4, config.seed)
+    batches = train_data(dataset, VOCABULARY, 32, 4, config.seed)
     matrices = [p for p in theirs.parameters() if p.dim() == 2]
     others = [p for p in theirs.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     for step, got in enumerate(engine.run(batches, 0, 10, lambda fraction: None)):
         batch = batches.get(step)
-        ids, targets = (torch.from_numpy(part.copy()) for part in (batch.ids, batch.targets))
+        ids, targets = (torch.from_numpy(part).long() for part in (batch.ids, batch.targets))
         loss = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -131,7 +162,13 @@ PARTS = {
     "swiglu": {"activation": "swiglu", "mlp_width": 40},
     "grouped heads": {"heads": 4, "kv_heads": 1},
     "untied": {"tied_head": False},
+    "wide heads": {"head_width": 24, "heads": 3},
+    "norms of heads": {"qk_norm": True},
+    "biases of qkv": {"bias": "qkv"},
+    "biases of attention": {"bias": "attention"},
+    "biases of the mlp": {"bias": "mlp"},
     "all": LLAMA,
+    "all of qwen": QWEN,
 }
 
 
@@ -141,6 +178,8 @@ def test_streaming_equals_resident(dataset, tmp_path, part):
     same = PARTS[part] | {"micro_batch_size": 2, "dropout": 0.1}
     expected, oracle = train(engine_config(**same), dataset, 6)
     assert expected[-1].loss < expected[0].loss
+    ours = GPT(engine_config(**same))
+    assert sizes(engine_config(**same)).total == sum(p.numel() for p in ours.parameters())
     for keys in (
         {"stream_to": "ram", "activation_checkpointing": False},
         {"stream_to": "disk", "stream_batch_size": 2},
@@ -157,9 +196,15 @@ def flags_of(keys: dict) -> list:
     return [part for key, value in keys.items() for part in (f"--{key}", str(value).lower())]
 
 
-@pytest.mark.parametrize("systems", [2, pytest.param(3, marks=pytest.mark.long)])
-def test_systems_equal_one(run, config, tmp_path, systems):
-    flags = [*flags_of(LLAMA), "--precision", "fp32"]
+ALONE = [pytest.param(PARTS[part], 2, marks=pytest.mark.long) for part in [*PARTS][5:10]]
+
+
+@pytest.mark.parametrize(
+    ("keys", "systems"),
+    [(LLAMA, 2), *(pytest.param(QWEN, n, marks=pytest.mark.long) for n in (2, 3)), *ALONE],
+)
+def test_systems_equal_one(run, config, tmp_path, keys, systems):
+    flags = [*flags_of(keys), "--precision", "fp32"]
     assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0
     command("train", config.path, *flags, "--num_systems", systems)
     for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
@@ -211,13 +256,16 @@ def test_export_in_bf16(run, config, tmp_path):
 
 BAD = {
     "hidden_act": ("gelu", "its hidden_act is gelu, which model.py can't compute"),
-    "head_dim": (32, "its head_dim is 32, which model.py can't compute"),
-    "attention_bias": (True, "its attention_bias is not its mlp_bias"),
+    "head_dim": (32, "self_attn.q_proj.weight has shape [64, 64], its config.json's is [128, 64]"),
+    "attention_bias": (True, "it lacks model.layers.0.self_attn.q_proj.bias"),
     "rope_parameters": (
         {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-        "its rope_parameters are {'rope_type': 'linear', 'factor': 2.0}, which model.py can't",
+        "its rope_parameters is {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 10000.0}, ",
     ),
-    "model_type": ("mistral", "its model_type is 'mistral'; known are gpt2, llama"),
+    "model_type": (
+        "gemma",
+        "its model_type is 'gemma'; known are gpt2, llama, mistral, qwen2, qwen3",
+    ),
     "num_hidden_layers": (4, "it lacks model.layers.3."),
     "intermediate_size": (80, "model.layers.0.mlp.gate_proj.weight has shape [88, 64], its conf"),
 }

@@ -1,17 +1,17 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import build
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configuration import Configuration
-from engines import attention
-from engines.attention import block_attention
-from engines.base import has_block_attention, prepare_compute
-from engines.lean import use_lean_norms
-from loss import IGNORE, aligned_linear, cross_entropy, cross_entropy_in_cache
-from model import GPT, GPTConfig, Norm
+import loss
+import ops
+from loss import IGNORE, cross_entropy
+from model import GPT, Attention, GPTConfig, Head, Norm
 from planner.costs import count
 
 
@@ -20,10 +20,7 @@ def small(**changes) -> GPT:
         **{"width": 32, "depth": 2, "heads": 2, "vocab_size": 27, "max_position_embeddings": 64}
         | changes
     )
-    model = GPT(config)
-    for unit in model.layers():
-        model.init_layer(unit, seed=0)
-    return model
+    return build(config)
 
 
 def tokens(rows: int, length: int, vocab_size: int = 27) -> torch.Tensor:
@@ -69,16 +66,38 @@ def test_initial_weights():
 
 
 def test_initial_weights_are_a_function_of_seed_and_unit():
-    models = [GPT(GPTConfig(width=32, depth=2, heads=2, vocab_size=27)) for _ in range(2)]
+    model = GPT(GPTConfig(width=32, depth=2, heads=2, vocab_size=27))
+    layers = {name: model.build_layer(name, seed=5) for name in model.layers()}
     torch.manual_seed(123)  # must not matter, nor must the order
-    for unit in models[0].layers():
-        models[0].init_layer(unit, seed=5)
-    for unit in reversed(models[1].layers()):
-        models[1].init_layer(unit, seed=5)
-    for a, b in zip(*(m.parameters() for m in models), strict=True):
-        assert torch.equal(a, b)
-    models[1].init_layer("decoder.1", seed=6)
-    assert not torch.equal(*(m.decoder[1].mlp.fc.weight for m in models))
+    drawn = torch.rand(3)
+    torch.manual_seed(123)
+    for name in reversed(layers):
+        again = model.build_layer(name, seed=5)
+        for a, b in zip(layers[name].parameters(), again.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(torch.rand(3), drawn)  # and nothing else is drawn from
+    other = model.build_layer("decoder.1", seed=6)
+    assert not torch.equal(layers["decoder.1"].mlp.fc.weight, other.mlp.fc.weight)
+
+
+class Gained(Attention):
+    """What a reader adds to a layer: a parameter with a value, and one that is drawn."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.gain = nn.Parameter(torch.full((config.heads,), 0.5))
+        self.drawn = nn.Parameter(torch.randn(3))
+
+
+def test_parameters_that_a_reader_adds(monkeypatch):
+    monkeypatch.setattr("model.Attention", Gained)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(width=32, depth=2, heads=2, vocab_size=27))
+    first, again = (model.build_layer("decoder.0", seed=1).attn for _ in range(2))
+    assert torch.equal(first.gain, torch.full((2,), 0.5))
+    assert torch.equal(first.drawn, again.drawn)
+    other = model.build_layer("decoder.1", seed=1).attn
+    assert not torch.equal(first.drawn, other.drawn)
 
 
 def test_causal():
@@ -104,10 +123,11 @@ def test_nothing_as_large_as_a_mask_per_head_is_made(ours, monkeypatch):
                     largest = max(largest, tensor.numel())
             return result
 
-    monkeypatch.setattr(attention, "SCORES", 2**16)
+    monkeypatch.setattr(ops, "SCORES", 2**16)
+    monkeypatch.setattr(ops, "_is_fast_in_blocks", lambda length: True)
     model = small(max_position_embeddings=512)
-    for block in model.decoder if ours else []:
-        block.attn.attend = block_attention
+    if ours:
+        model.bfloat16()
     ids = tokens(2, 512)
     with Watch():
         model(ids, ids).backward()
@@ -117,8 +137,9 @@ def test_nothing_as_large_as_a_mask_per_head_is_made(ours, monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 3, 64, 16), (1, 4, 50, 32), (3, 2, 7, 8), (1, 1, 1, 8)])
 def test_attention_in_blocks(shape, monkeypatch):
     """As near to the exact result as PyTorch's, also with scores far beyond bf16's digits."""
-    monkeypatch.setattr(attention, "ROWS", 16)
-    monkeypatch.setattr(attention, "SCORES", 2000)
+    monkeypatch.setattr(ops, "QUERIES", 16)
+    monkeypatch.setattr(ops, "SCORES", 2000)
+    monkeypatch.setattr(ops, "_is_fast_in_blocks", lambda length: True)
     (batch, heads, length, width), dtype = shape, torch.bfloat16
     qkv = (3 * torch.randn(batch, length, 3, heads, width)).to(dtype)
     y_grad = torch.randn(batch, length, heads, width).to(dtype).transpose(1, 2)
@@ -134,7 +155,7 @@ def test_attention_in_blocks(shape, monkeypatch):
     exact = results(F.scaled_dot_product_attention, torch.float64)
     for theirs, found, right in zip(
         results(F.scaled_dot_product_attention, dtype),
-        results(block_attention, dtype),
+        results(ops.attention, dtype),
         exact,
         strict=True,
     ):
@@ -147,109 +168,116 @@ def test_lean_norms(keys):
     """As near to the result in fp32 as the model's own, and nothing but the input is kept."""
     x, y_grad = (torch.randn(2, 50, 32).bfloat16() for _ in range(2))
 
-    def results(lean, dtype):
+    def results(dtype, lean=False):
         norm = Norm(GPTConfig(width=32, depth=1, heads=2, **keys)).to(dtype)
         leaf, kept = x.to(dtype, copy=True).requires_grad_(), {}
         with torch.no_grad():
             for weight in norm.parameters():
                 weight.copy_(torch.linspace(-2, 2, 32))
-        if lean:
-            use_lean_norms(norm)
 
         def keep(tensor):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        functions = nullcontext() if lean else ops.plain()
+        with functions, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = norm(leaf)
         y.backward(y_grad.to(dtype))
         assert not lean or sum(kept.values()) < 1.5 * x.nbytes
         return [t.double() for t in (y.detach(), leaf.grad, *(w.grad for w in norm.parameters()))]
 
-    plain, lean = (results(lean, torch.bfloat16) for lean in (False, True))
-    for theirs, found, right in zip(plain, lean, results(False, torch.float32), strict=True):
+    plain, lean = (results(torch.bfloat16, lean) for lean in (False, True))
+    for theirs, found, right in zip(plain, lean, results(torch.float32), strict=True):
         assert (found - right).norm() <= 1.02 * (theirs - right).norm()
 
 
-def test_functions_of_a_changed_model_stay():
-    """What is made faster are PyTorch's functions, not those that a user has put in their place."""
-    config = Configuration(width=64, depth=1, heads=2, precision="bf16", backend="CPU")
-    model, changed = GPT(config), GPT(config)
-    places = [("norm", "layer_norm"), ("decoder.0.attn", "attend"), ("", "cross_entropy")]
-    for path, name in places:
-        setattr(changed.get_submodule(path), name, min)
-    for each in (model, changed):
-        prepare_compute(config, each)
-    assert all(getattr(changed.get_submodule(path), name) is min for path, name in places)
-    assert model.norm.layer_norm is not F.layer_norm
-    assert model.cross_entropy is cross_entropy_in_cache
-    assert (model.decoder[0].attn.attend is block_attention) == has_block_attention(config)
-
-
-def test_a_lookup_has_the_gradient_of_its_rows():
-    """In bf16 summed in fp32, where 300 equal tokens would be 256."""
-    whole, rows = (small().bfloat16() for _ in range(2))
-    rows.embedding.sparse_grad = True
-    ids, ones = torch.full((6, 50), 5), torch.ones(6, 50, 32, dtype=torch.bfloat16)
-    for model in (whole, rows):
-        model.embedding.tokens.weight.grad_dtype = torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_lookup_sums_in_fp32(dtype, in_place):
+    """300 equal tokens would be 256 in bf16; a main_grad gets what autograd would."""
+    model = small().to(dtype)
+    table = model.embedding.tokens.weight
+    table.grad_dtype = torch.float32
+    if in_place:
+        table.main_grad = torch.ones(27, 32)
+    ids, ones = torch.full((6, 50), 5), torch.ones(6, 50, 32, dtype=dtype)
+    for _ in range(2):
         model.embedding(ids).backward(ones)
-    expected = torch.zeros(27, 32).index_fill_(0, torch.tensor([5]), 300)
-    assert rows.embedding.tokens.weight.grad.is_sparse
-    assert torch.equal(rows.embedding.tokens.weight.grad.to_dense(), expected)
-    assert torch.equal(rows.embedding(ids), whole.embedding(ids))
+    expected = torch.zeros(27, 32).index_fill_(0, torch.tensor([5]), 600)
+    if in_place:
+        assert table.grad is None
+        assert torch.equal(table.main_grad, expected + 1)
+    else:
+        assert torch.equal(table.grad, expected)
 
 
+class Capped(Head):
+    """A head that a reader changed: a soft cap with a parameter of its own, and a bias."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.cap = nn.Parameter(torch.full((1,), 0.7))
+        self.bias = nn.Parameter(torch.linspace(-0.1, 0.1, config.vocab_size))
+
+    def forward(self, x, table):
+        return self.cap * torch.tanh(super().forward(x, table) / self.cap) + self.bias
+
+
+class Scaled(Head):
+    """A head whose table is not the embedding's own."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.full((config.vocab_size, 1), 1.5))
+
+    def forward(self, x, table):
+        return super().forward(2 * x, table * self.scale)
+
+
+@pytest.mark.parametrize("head", [Head, Capped, Scaled])
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
-def test_loss_in_chunks(rows, monkeypatch):
-    ids, targets = tokens(3, 64), tokens(3, 64).roll(1, 0)
-    targets[1, 5:9] = IGNORE
-    plain, chunked = small(), small()
-    expected = F.cross_entropy(
-        plain(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    (expected / 100).backward()
-    monkeypatch.setattr(GPT, "loss_rows", rows)
-    loss = chunked(ids, targets)
-    (loss / 100).backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for (name, a), b in zip(plain.named_parameters(), chunked.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
-    with torch.no_grad():
-        assert chunked(ids, targets).item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("rows", [7, 1000])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_gradient_of_the_table_is_summed_in_place(rows, tied, monkeypatch):
-    """Over micro-batches, with the tokens of all; without these nothing but backward() adds."""
+@pytest.mark.parametrize("in_place", [True, False])
+def test_loss_in_chunks(head, rows, tied, in_place, monkeypatch):
+    """Loss and gradients over micro-batches equal those of a plain loop, whatever the head, and so
+    does the loss of an evaluation."""
+    monkeypatch.setattr("model.Head", head)
     plain, ours = (small(tied_head=tied) for _ in range(2))
-    monkeypatch.setattr(GPT, "loss_rows", rows)
-    for part in range(3):
-        ids, targets = tokens(2, 64).roll(part, 1), tokens(2, 64).roll(part + 1, 1)
-        expected = F.cross_entropy(plain(ids).flatten(0, 1), targets.flatten(), reduction="sum")
+    monkeypatch.setattr(loss, "CHUNK", {"cpu": rows})
+    monkeypatch.setattr(loss, "USUAL_VOCABULARY", 27)
+    tables = {ours.embedding.tokens.weight, ours.table} if in_place else ()
+    for table in tables:
+        table.grad = torch.zeros_like(table)
+        table.main_grad = table.grad
+    for part in range(2):
+        ids, targets = tokens(3, 64).roll(part, 1), tokens(3, 64).roll(part + 1, 1)
+        targets[1, 5:9] = IGNORE
+        logits = plain(ids).flatten(0, 1)
+        expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
         (expected / 384).backward()
-        loss, place = ours(ids, targets, tokens=384), ours.table.grad
-        loss.backward()
-        assert loss.item() == pytest.approx(expected.item() / 384, rel=1e-6)
-        assert place is None or ours.table.grad.data_ptr() == place.data_ptr()
-    before = ours.table.grad.clone()
-    ours(ids, targets)
-    assert torch.equal(ours.table.grad, before)
+        found = ours(ids, targets, tokens=384)
+        found.backward()
+        assert found.item() == pytest.approx(expected.item() / 384, rel=1e-6)
+        with torch.no_grad():
+            assert ours(ids, targets, tokens=384).item() == pytest.approx(found.item(), rel=1e-6)
+    for table in tables:
+        assert table.grad is table.main_grad
     for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        assert a.grad.any(), name
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("cached", [1, 300, 10**6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_in_cache(cached, dtype, monkeypatch):
-    monkeypatch.setattr("loss.CACHED", cached)
-    logits, targets = torch.randn(50, 101, dtype=dtype), torch.arange(50)
+def test_loss_in_cache(cached, monkeypatch):
+    """In bf16 a few rows at a time: as near to fp32's as bf16 is, whatever their number."""
+    monkeypatch.setattr(loss, "CACHED", cached)
+    logits, targets = torch.randn(50, 101, dtype=torch.bfloat16), torch.arange(50)
     targets[7:9] = IGNORE
-    expected, gradient = cross_entropy(logits.clone(), targets)
-    found, same = cross_entropy_in_cache(logits, targets)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert same is logits and torch.equal(same, gradient)
+    expected = logits.float()
+    right = cross_entropy(expected, targets, 48)
+    found = cross_entropy(logits, targets, 48)
+    assert found.item() == pytest.approx(right.item(), rel=1e-6)
+    assert torch.equal(logits, expected.bfloat16())
 
 
 def test_dropout_masks_are_a_function_of_the_seed():
@@ -275,25 +303,8 @@ def test_layers_one_by_one_equal_the_whole():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_linear_layer_with_aligned_rows(dtype):
-    """As F.linear, gradients too, bit for bit; and the loss of a model is the same."""
+    """As F.linear, bit for bit."""
     x, weight = torch.randn(2, 5, 32).to(dtype), torch.randn(97, 32).to(dtype)
-    results = []
-    for linear in (F.linear, aligned_linear):
-        inputs = [t.clone().requires_grad_() for t in (x, weight)]
-        logits = linear(*inputs)
-        logits.square().sum().backward()
-        results.append([logits, *(t.grad for t in inputs)])
+    logits = ops.aligned_linear(x, weight)
     assert logits.stride() == (5 * 128, 128, 1)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    losses = []
-    for linear in (F.linear, aligned_linear):
-        model = GPT(GPTConfig(width=32, depth=1, heads=2, vocab_size=97))
-        for layer in model.layers():
-            model.init_layer(layer, 0)
-        model.to(dtype).head_linear = linear
-        model.loss_rows = 4
-        ids = torch.arange(20).view(2, 10)
-        loss = model(ids, ids)
-        loss.backward()
-        losses.append([loss, *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    assert torch.equal(logits, F.linear(x, weight))

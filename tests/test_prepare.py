@@ -1,5 +1,6 @@
 """The prepare.py scripts, run as commands in a copy of the program."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -20,9 +21,12 @@ import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from common.console import command
+from common.tokens import Tokens
 from data import prepare
-from runtime.console import command
-from runtime.tokens import Tokens
+from data.pieces import State, draw, pieces
+from data.sources import hub_texts
+from weights.hub import end_of_text
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"Document {i}: naïve café 中文 🎉\r\n\n  two  spaces. " + "word " * i for i in range(120)]
@@ -35,7 +39,8 @@ def program(tmp_path_factory):
     """A copy of the scripts, so that the tests leave the datasets of the checkout alone."""
     copy = tmp_path_factory.mktemp("program")
     for path in [
-        *(ROOT / f"{n}.py" for n in ("runtime/console", "runtime/files", "runtime/tokens")),
+        *ROOT.glob("common/*.py"),
+        *ROOT.glob("weights/*.py"),
         *ROOT.glob("data/**/*.py"),
     ]:
         target = copy / path.relative_to(ROOT)
@@ -150,8 +155,18 @@ def text_of(folder, split):
 def content(folder):
     """The files of a dataset; nothing unfinished may be among them."""
     names = {path.name for path in folder.iterdir()} - {"prepare.py", "__pycache__"}
-    assert names == {"train.bin", "val.bin", "tokenizer.json", "meta.json"}
+    tokens = {"train.bin", "train.crc", "val.bin", "val.crc"}
+    assert names == {*tokens, "tokenizer.json", "meta.json"}
     return {name: (folder / name).read_bytes() for name in names}
+
+
+def splits_of(path):
+    """The documents of both splits of a dataset that is made of a file."""
+    splits = {"train": [], "val": []}
+    for _, piece in pieces([str(path)], "text", draw):
+        for split, text in piece.texts():
+            splits[split].append(text)
+    return splits
 
 
 def write_jsonl(path, texts):
@@ -213,6 +228,7 @@ def test_character_tokenizer_is_the_identity(characters):
         tokenizer.encode("é")
 
 
+@pytest.mark.long
 def test_a_second_run_gives_the_same_bytes(characters, offline):
     before = content(characters)
     done = succeed(characters / "prepare.py", env=offline)
@@ -243,22 +259,21 @@ def test_gpt2_ids(shakespeare):
     assert tokenizer.encode("<|endoftext|>").ids == [50256]
 
 
+@pytest.mark.long
 def test_long_documents_are_encoded_as_one_text(own, offline, tmp_path):
-    blob = "x1" * 20_000
-    texts = [f"{blob} a  b \n\n {blob}\n" + "some words,  and\nlines " * 3_000, MARKED]
-    succeed(
-        own.parent / "prepare.py",
-        *("--name", "mine", str(write_jsonl(tmp_path / "a.jsonl", texts))),
-        env=offline,
-    )
+    blob = "x1" * 9_000
+    long = f"{blob} a  b \n\n {blob}\n" + "some words,  and\nlines " * 300
+    path = write_jsonl(tmp_path / "a.jsonl", [MARKED, *[long] * 120])
+    succeed(own.parent / "prepare.py", "--name", "mine", str(path), env=offline)
     tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
-    splits = sorted((tokens(own, split).tolist() for split in ("train", "val")), key=len)
-    assert splits[0] == [*MARKED_IDS, 50256]
-    assert splits[1] == [*tokenizer.encode(texts[0]).ids, 50256]
+    expected = [*tokenizer.encode(long).ids, 50256]
+    assert tokens(own, "val").tolist() == expected
+    assert tokens(own, "train").tolist() == [*MARKED_IDS, 50256, *expected * 119]
 
 
 def test_txt_jsonl_and_parquet_give_the_same_dataset(own, tmp_path):
     def prepare(*files):
+        shutil.rmtree(own, ignore_errors=True)
         args = ["--name", "mine", "--tokenizer", "char", *map(str, files)]
         succeed(own.parent / "prepare.py", *args)
         return {**content(own), "meta.json": None}
@@ -280,14 +295,14 @@ def test_txt_jsonl_and_parquet_give_the_same_dataset(own, tmp_path):
 def test_the_end_of_a_single_document_is_val(own, tmp_path):
     (tmp_path / "a.txt").write_text("0123456789" * 10)
     args = ["--name", "mine", "--tokenizer", "char", str(tmp_path / "a.txt")]
-    done = succeed(own.parent / "prepare.py", *args)
-    assert "its last tenth becomes val.bin" in done.stderr
-    assert text_of(own, "train") == "0123456789" * 9 + "\n\n"
-    assert text_of(own, "val") == "0123456789\n\n"
+    succeed(own.parent / "prepare.py", *args)
+    assert text_of(own, "train") == ("0123456789" * 10)[:-1] + "\n\n"
+    assert text_of(own, "val") == "9\n\n"
 
 
 def test_openwebtext_from_a_folder(program, offline, tmp_path):
-    """The splits are nanoGPT's, and the tokens those of one document at a time."""
+    """The splits have nanoGPT's documents, in the source's order, and the tokens are those of one
+    document at a time."""
     texts = [*TEXTS, MARKED]
     (tmp_path / "plain_text").mkdir()
     write_parquet(tmp_path / "plain_text/train-00000-of-00002.parquet", texts[:70])
@@ -300,7 +315,7 @@ def test_openwebtext_from_a_folder(program, offline, tmp_path):
     splits = Dataset.from_dict({"text": texts}).train_test_split(0.0005, seed=2357, shuffle=True)
     for ours, theirs in (("train", "train"), ("val", "test")):
         expected = []
-        for text in splits[theirs]["text"]:
+        for text in sorted(splits[theirs]["text"], key=texts.index):
             expected += MARKED_IDS if text == MARKED else tokenizer.encode(text).ids
             expected.append(50256)
         assert tokens(script.parent, ours).tolist() == expected
@@ -335,36 +350,193 @@ def test_a_package_with_other_content(shakespeare, offline, tmp_path):
 
 
 BAD_FILES = [
-    ("a.csv", b"x", "a.csv: unknown kind of file; use .txt, .jsonl, .parquet"),
+    ("a.pdf", b"x", "a.pdf: unknown kind of file; use .txt, .md, .jsonl, .json, .csv, .parquet"),
     ("none.txt", None, "none.txt: No such file or directory"),
     ("a.txt", b"caf\xe9", "a.txt: byte 3 is not UTF-8"),
     ("a.txt", b"", "no text to split"),
+    ("a.txt", b"\xef\xbb\xbf", "no text to split"),
+    ("a.txt.gz", b"x", "a.txt.gz: not a gzip file"),
+    ("a.txt.gz", gzip.compress(b"some text")[:-4], "a.txt.gz: not a gzip file, or damaged"),
     ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl, line 2: no text"),
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: no text"),
     ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", "a.jsonl, line 2: not JSON"),
+    ("a.jsonl", b'\n{"text": null}\n{"text": ""}\n', "no text to split"),
+    ("a.json", b'[{"text": "x"}, {"body": "y"}]', "a.json, record 2: no text"),
+    ("a.json", b"[{", "a.json: not JSON"),
+    ("a.csv", b"body\nx\n", "a.csv: no column named 'text'"),
+    ("a.csv", b"text\nx\ncaf\xe9\n", "a.csv: byte"),
     ("a.parquet", b"x", "a.parquet: not a parquet file"),
+    ("nothing/a.pdf", b"x", "nothing: no file in it is a .txt, .md"),
 ]
 
 
-def test_bad_files_keep_the_old_dataset(program, tmp_path):
+def test_bad_files(program, tmp_path):
+    """A line each, and no folder is left behind."""
+
     def prepare(number):
         file, text, _ = BAD_FILES[number]
-        old, new = program / f"data/bad{number}", tmp_path / str(number)
-        old.mkdir()
-        new.mkdir()
-        for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
-            (old / name).write_text("old")
+        path, name = tmp_path / str(number) / file, f"bad{number}"
+        path.parent.mkdir(parents=True)
         if text is not None:
-            (new / file).write_bytes(text)
-        args = ["--name", old.name, "--tokenizer", "char", str(new / file)]
-        return run(program / "data/prepare.py", *args), content(old)
+            path.write_bytes(text)
+        given = path.parent if path.parent.name == "nothing" else path
+        done = run(program / "data/prepare.py", "--name", name, "--tokenizer", "char", str(given))
+        return done, (program / "data" / name).exists()
 
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(prepare, range(len(BAD_FILES)))
-        for (_, _, message), (done, files) in zip(BAD_FILES, results, strict=True):
+        for (_, _, message), (done, left) in zip(BAD_FILES, results, strict=True):
             assert_fails(done, message)
-            assert set(files.values()) == {b"old"}
+            assert not left
+
+
+def test_two_files_of_unlike_size(here, tmp_path):
+    """Near a hundredth of the tokens is val, whichever file is drawn first."""
+    for long, short in (("a.txt", "b.txt"), ("b.txt", "a.txt")):
+        (tmp_path / long).write_text("some words " * 100_000)
+        (tmp_path / short).write_text("x" * 100)
+        done = here("--out", tmp_path / long[0] / "mine", "--tokenizer", "char", "a.txt", "b.txt")
+        assert done.returncode == 0, done.stderr
+        counts = json.loads((tmp_path / long[0] / "mine/meta.json").read_text())["tokens"]
+        assert sum(counts.values()) == pytest.approx(1_100_100, abs=10)
+        assert 0.009 < counts["val"] / sum(counts.values()) < 0.011
+
+
+@pytest.mark.parametrize("unlike", [0, 1, 3])
+def test_the_share_of_val(unlike):
+    """Whole documents wherever there are many, of one size or of sizes that differ much."""
+    source = np.random.default_rng(0)
+    for documents in (1, 2, 3, 10, 99, 100, 150, 1000, 100_000):
+        sizes = np.maximum(1, source.lognormal(7, unlike, documents)).astype(int)
+        whole, cut, share = draw(State(), sizes, 0)
+        moved = sizes[whole].sum() + share * sizes[cut]
+        assert 0.74 < 100 * moved / sizes.sum() < 1.26
+        assert not share or cut not in whole
+        assert documents < 100_000 or share == 0
+
+
+def test_byte_order_marks_and_empty_texts(here, tmp_path):
+    """A mark is no text, and what is empty is counted."""
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one two")
+    lines = [b'{"text": "three"}', b"", b'{"text": null}', b'{"text": ""}', b" ", b'{"text": "4"}']
+    (tmp_path / "a.jsonl").write_bytes(mark + b"\n".join(lines) + b"\n")
+    (tmp_path / "a.json").write_bytes(mark + b'[{"text": "five"}]')
+    (tmp_path / "a.csv").write_bytes(mark + b"id,text\r\n0,six\r\n1,\r\n")
+    files = ["a.txt", "a.jsonl", "a.json", "a.csv"]
+    done = here("--out", "mine", "--tokenizer", "char", *files)
+    assert done.returncode == 0, done.stderr
+    assert "skipped 5 empty lines, and empty or null texts\n" in done.stdout
+    meta = json.loads((tmp_path / "mine/meta.json").read_text())
+    assert sum(meta["documents"].values()) == 6  # of five texts one is cut for val
+    joined = text_of(tmp_path / "mine", "train") + text_of(tmp_path / "mine", "val")
+    assert sorted(joined.replace("\n", "")) == sorted("one twothree4fivesix")
+
+
+def test_every_kind_of_file_and_folders_of_them(here, tmp_path):
+    """One dataset, whichever way the texts come."""
+    texts = [f"{i} words, and more\r\n" for i in range(6)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    (parts / "inside").mkdir(parents=True)
+    (parts / ".git").mkdir()
+    write_jsonl(whole / "all.JSONL", texts)
+    (parts / "0.TXT").write_bytes(texts[0].encode())
+    (parts / "1.md").write_bytes(texts[1].encode())
+    (parts / "2.json").write_text(json.dumps([{"text": texts[2]}], indent=1))
+    (parts / "3.csv").write_bytes(b'id,text\r\n0,"' + texts[3].encode() + b'"\r\n')
+    (parts / "4.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": texts[4]}).encode()))
+    (parts / "inside/5.json").write_text(json.dumps({"text": texts[5]}))
+    (parts / "picture.png").write_bytes(b"x")
+    (parts / ".git/config.txt").write_text("x")
+    for given in (whole, parts):
+        out = tmp_path / f"{given.name}_data"
+        assert here("--out", out, "--tokenizer", "char", given.name).returncode == 0
+    for name in ("train.bin", "val.bin"):
+        first, second = (tmp_path / f"{given}_data" / name for given in ("whole", "parts"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_folder_means_the_same_as_a_source_and_as_files(here, tmp_path):
+    """A .txt is one document, not one a line."""
+    (tmp_path / "hub").mkdir()
+    for i in range(3):
+        (tmp_path / f"hub/{i}.txt").write_bytes(b"a line\r\nand another\n" * (i + 1))
+    for option, out in (("--source", "first"), (None, "second")):
+        words = [option, "hub"] if option else ["hub"]
+        done = here("--out", out, "--tokenizer", "char", *words)
+        assert done.returncode == 0, done.stderr
+    for name in ("train.bin", "val.bin"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_texts_of_the_hub_in_txt_files_are_documents(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("\ufeffa line\nand another\n")
+    texts = [text for _, text in hub_texts(str(tmp_path), None, "train", "text")]
+    assert texts == ["a line\nand another\n"] * 2
+
+
+def test_a_dataset_is_not_replaced(here, tmp_path):
+    for path in ("mine/meta.json", "nano/train.bin"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text("old")
+        (tmp_path / "a.txt").write_text("some text " * 100)
+        folder = path.split("/")[0]
+        done = here("--out", folder, "--tokenizer", "char", "a.txt")
+        assert_fails(done, f"{folder} has a dataset: delete it, or give another --name or --out")
+        assert [p.read_text() for p in (tmp_path / folder).iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("name", ["bpe", "bpe:", "bpe:many", "GPT2", "chars"])
+def test_a_tokenizer_that_is_no_name_of_the_hub(here, tmp_path, name):
+    """The hub is not asked, which takes half a minute, and no text is read."""
+    (tmp_path / "a.txt").write_text("some text")
+    began = time.monotonic()
+    done = here("--out", "mine", "--tokenizer", name, "a.txt")
+    assert_fails(done, f"--tokenizer {name}: use gpt2, char, bpe:SIZE, ")
+    assert time.monotonic() - began < 5
+
+
+def test_a_parquet_file_larger_than_it_looks(tmp_path):
+    """A kilobyte that stands for a gigabyte of text, and rows of ten megabytes, take little."""
+    row = "a b " * 2_500_000
+    one = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100, "int32"), [row])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": one}), tmp_path / "a.parquet", compression="zstd", store_schema=False
+    )
+    assert (tmp_path / "a.parquet").stat().st_size < 5000
+    code = """
+import sys
+from data.sources import read_file
+print(sum(len(text) for _, text in read_file(sys.argv[1], "text")))
+print(next(line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.parquet"], cwd=ROOT, capture_output=True
+    )
+    characters, kilobytes = map(int, done.stdout.split())
+    assert characters == 100 * len(row)
+    assert kilobytes < 500_000
+
+
+def test_a_document_that_is_too_long(here, tmp_path, monkeypatch):
+    """It is refused before it takes the memory."""
+    monkeypatch.setattr("data.sources.LONGEST", 1000)
+    (tmp_path / "a.txt").write_text("x" * 1001)
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps({"text": "x" * 1001}))
+    (tmp_path / "a.json").write_text('[\n{"text": "' + "x" * 1001 + '"}]')
+    (tmp_path / "a.csv").write_text("text\n" + "x" * 1001)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 1001))
+    for name, message in (
+        ("a.txt", "a.txt: a document of more than"),
+        ("a.txt.gz", "a.txt.gz: a document of more than"),
+        ("a.jsonl", "a.jsonl, line 2: a document of more than"),
+        ("a.json", "a.json: a document of more than"),
+        ("a.csv", "a.csv, line 1: field larger than field limit"),
+    ):
+        assert_fails(here("--out", "mine", "--tokenizer", "char", name), message)
 
 
 @pytest.mark.parametrize("name", ["a/b", ".."])
@@ -373,53 +545,36 @@ def test_a_bad_name(program, name):
     assert_fails(done, f"--name {name!r}: use letters")
 
 
-def test_an_interrupt_keeps_the_old_dataset(own, tmp_path):
-    script = own.parent / "prepare.py"
+def test_an_interrupt_leaves_no_dataset(own, tmp_path):
     args = ["--name", "mine", "--tokenizer", "char", str(tmp_path / "a.jsonl")]
-    write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    succeed(script, *args)
-    before = content(own)
     write_jsonl(tmp_path / "a.jsonl", TEXTS * 1000)
     with subprocess.Popen(
-        [sys.executable, script, *args],
+        [sys.executable, own.parent / "prepare.py", *args],
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `make test &` ignores it
     ) as process:
         deadline = time.monotonic() + 30
-        while not list(own.glob("unfinished-*/*")) and time.monotonic() < deadline:
+        while not list(own.glob("unfinished*/*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=30)[1] == b"interrupted\n"
     assert process.returncode == 130
-    assert content(own) == before
+    assert not list(own.glob("*.*"))
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000, 79_000])
-def test_no_space_keeps_the_old_dataset(own, tmp_path, limit, tally):
+def test_no_space(own, tmp_path, limit, tally):
     """Whichever file the limit stops: the documents or train.bin."""
-    script = own.parent / "prepare.py"
     args = ["--name", "mine", "--tokenizer", "char", str(tmp_path / "a.jsonl")]
-    write_jsonl(tmp_path / "a.jsonl", TEXTS[:20])
-    succeed(script, *args)
-    before = content(own)
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     done = subprocess.run(
-        ["prlimit", f"--fsize={limit}", sys.executable, script, *args],
+        ["prlimit", f"--fsize={limit}", sys.executable, own.parent / "prepare.py", *args],
         capture_output=True,
         text=True,
     )
     assert_fails(done, "data/mine could not be written (File too large); free some space")
-    assert content(own) == before
-    tally(f"no file above {limit:,} bytes", "prepare.py", 1, "a line; the dataset is as it was")
-
-
-def test_a_half_replaced_dataset_has_no_meta(own, tmp_path):
-    (own / "val.bin").mkdir(parents=True)  # no file can be renamed to a folder's name
-    (own / "meta.json").write_text("old")
-    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    done = run(own.parent / "prepare.py", *("--name", "mine", "--tokenizer", "char", str(path)))
-    assert_fails(done, "Is a directory")
-    assert not (own / "meta.json").exists()
+    assert not list(own.glob("*.*"))
+    tally(f"no file above {limit:,} bytes", "prepare.py", 1, "a line, and no dataset")
 
 
 def test_a_damaged_parquet_file_is_told_in_a_line(here, tmp_path):
@@ -435,6 +590,7 @@ def test_a_damaged_parquet_file_is_told_in_a_line(here, tmp_path):
         else:
             content[begin:begin] = source.randbytes(source.randrange(1, 9))
         (tmp_path / "a.parquet").write_bytes(content)
+        shutil.rmtree(tmp_path / "data/mine", ignore_errors=True)
         done = here("--name", "mine", "--tokenizer", "char", "a.parquet")
         if done.returncode:
             assert_fails(done, "a.parquet", "row ")
@@ -444,8 +600,8 @@ def test_a_damaged_parquet_file_is_told_in_a_line(here, tmp_path):
 
 @pytest.mark.parametrize(
     "column",
-    [[1, 2], [b"a", b"b"], [["a"], ["b"]], [None, None]],
-    ids=["int", "bytes", "list", "none"],
+    [[1, 2], [b"a", b"b"], [["a"], ["b"]]],
+    ids=["int", "bytes", "list"],
 )
 def test_a_parquet_column_without_text(here, tmp_path, column):
     write_parquet(tmp_path / "a.parquet", column)
@@ -453,16 +609,10 @@ def test_a_parquet_column_without_text(here, tmp_path, column):
     assert_fails(done, "a.parquet, row 1: no text under the name 'text'")
 
 
-def test_a_split_of_one_token_is_refused(here, tmp_path, offline, monkeypatch):
-    """Of two documents, one of them empty, val.bin or train.bin has <|endoftext|> alone."""
-    for name, value in offline.items():
-        monkeypatch.setenv(name, value)
-    arguments = ("--name", "mine", write_jsonl(tmp_path / "a.jsonl", ["one", "two"]))
-    assert here(*arguments).returncode == 0
-    before = content(tmp_path / "data/mine")
-    write_jsonl(tmp_path / "a.jsonl", ["some text", ""])
-    assert_fails(here(*arguments), "under 2 tokens", "drop empty documents")
-    assert content(tmp_path / "data/mine") == before
+def test_a_split_of_one_token_is_refused(here, tmp_path):
+    """Of one character of text nothing is left for train."""
+    write_jsonl(tmp_path / "a.jsonl", ["a"])
+    assert_fails(here("--name", "mine", "--tokenizer", "char", "a.jsonl"), "no text to split")
 
 
 def test_a_name_with_a_script_of_its_own(here, tmp_path):
@@ -471,7 +621,7 @@ def test_a_name_with_a_script_of_its_own(here, tmp_path):
     script.write_text("")
     (tmp_path / "a.txt").write_text("some text")
     done = here("--name", "plays", "--tokenizer", "char", "a.txt")
-    assert_fails(done, f"{script} makes data/plays: run it, or give another --name")
+    assert_fails(done, f"{script} makes {script.parent}: run it, or give another --name or --out")
     assert [path.name for path in script.parent.iterdir()] == ["prepare.py"]
 
 
@@ -538,9 +688,7 @@ def test_adopt_refuses_what_is_not_gpt2_of_nanogpt(here, nano, offline, monkeypa
     ids=" ".join,
 )
 def test_arguments_that_do_not_go_together(here, arguments):
-    assert_fails(
-        here(*arguments), "give --name NAME and FILES or --source, or --adopt FOLDER alone"
-    )
+    assert_fails(here(*arguments), "give --name NAME or --out FOLDER, and FILES or --source; or")
 
 
 def in_hub_layout(folder: Path, texts: list[str], column: str = "text") -> Path:
@@ -568,6 +716,7 @@ def test_a_dataset_of_the_hub(own, offline, tmp_path):
     meta = json.loads((own / "meta.json").read_text())
     assert sum(meta["documents"].values()) == 4 * len(TEXTS)
     everything = sum(meta["tokens"].values())
+    shutil.rmtree(own)
     assert everything == sum(len(text) + 2 for text in TEXTS * 4)
     succeed(script, *flags, "--tokenizer", "gpt2", "--tokens", "20000", env=offline)
     tokens = sum(json.loads((own / "meta.json").read_text())["tokens"].values())
@@ -630,10 +779,10 @@ def test_a_tokenizer_of_a_released_model(own, tmp_path, num_proc):
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     flags = ["--name", "mine", "--tokenizer", str(tmp_path / "llama"), "--num_proc", str(num_proc)]
     succeed(own.parent / "prepare.py", *flags, str(path))
-    splits = prepare.split(prepare.from_texts(texts))
+    splits = splits_of(path)
     tokenizer.encode_special_tokens = True
     for split in ("train", "val"):
-        expected = [i for text in splits[split]["text"] for i in (*tokenizer.encode(text).ids, 1)]
+        expected = [i for text in splits[split] for i in (*tokenizer.encode(text).ids, 1)]
         assert tokens(own, split).tolist() == expected
 
 
@@ -644,10 +793,20 @@ def test_a_trained_tokenizer(own, tmp_path):
     assert 257 < meta["vocab_size"] <= 400 and meta["tokenizer"] == "bpe:400"
     assert sum(meta["tokens"].values()) < sum(meta["bytes"].values()) / 1.5
     tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
-    splits = prepare.split(prepare.from_texts(TEXTS))
-    ends = "<|endoftext|>".join([*splits["val"]["text"], ""])
+    splits = splits_of(path)
+    ends = "<|endoftext|>".join([*splits["val"], ""])
     assert tokenizer.decode(tokens(own, "val").tolist(), skip_special_tokens=False) == ends
     assert "tokens" in done.stdout
+
+
+def test_a_text_that_gives_fewer_tokens_than_were_asked_for(here, tmp_path):
+    """Is said, and the dataset has those that there are."""
+    write_jsonl(tmp_path / "a.jsonl", ["a few words, ", "a few words "] * 50)
+    done = here("--out", "mine", "--tokenizer", "bpe:5000", "a.jsonl")
+    assert done.returncode == 0
+    size = json.loads((tmp_path / "mine/meta.json").read_text())["vocab_size"]
+    assert 257 < size < 300
+    assert done.stderr == f"bpe:5000: the text gives {size} tokens only\n"
 
 
 def test_a_tokenizer_without_an_end(here, tmp_path):
@@ -655,6 +814,106 @@ def test_a_tokenizer_without_an_end(here, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a a", "a"])
     done = here("--name", "mine", "--tokenizer", str(tmp_path / "t.json"), str(path))
     assert_fails(done, "it has no end of text (<|endoftext|>, <|end_of_text|>, </s>, <eos>)")
+
+
+def gemma_tokenizer(folder: Path, **more) -> list[str]:
+    """As Gemma's: the end of an HTML element is a token too, but no special one. Returns the flags
+    that prepare a dataset with it."""
+    tokenizer = llama_tokenizer(folder)
+    tokenizer.add_tokens(["</s>"])
+    tokenizer.add_special_tokens(["<eos>", "<end_of_turn>"])
+    content = json.loads(tokenizer.to_str()) | more
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    texts = write_jsonl(folder / "a.jsonl", [*TEXTS, "a" * 40 + "b"])
+    return ["--name", "mine", "--tokenizer", str(folder), str(texts)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "end"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<end_of_turn>"}, "<end_of_turn>"),
+        ("tokenizer_config.json", {"eos_token": {"content": "<eos>"}}, "<eos>"),
+        ("special_tokens_map.json", {"eos_token": "<eos>"}, "<eos>"),
+        ("config.json", {"eos_token_id": [302, 301]}, "<end_of_turn>"),
+        ("config.json", {"eos_token_id": 2}, "<|end_of_text|>"),  # a default: id 2 is "!"
+    ],
+)
+def test_the_end_of_text_that_a_tokenizer_names(here, run, tmp_path, name, content, end):
+    """Is what ends the documents, and what ends a text that is sampled; a guess is said."""
+    flags = gemma_tokenizer(tmp_path / "gemma")
+    (tmp_path / "gemma" / name).write_text(json.dumps(content))
+    done = here(*flags)
+    assert done.returncode == 0, done.stderr
+    guessed = "names no end of text: documents end with <|end_of_text|>"
+    assert (guessed in done.stderr) == (end == "<|end_of_text|>")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data/mine/tokenizer.json"))
+    val = Tokens(str(tmp_path / "data/mine"), "val", 400)
+    ids = val.read(0, val.count)
+    assert ids[-1] == tokenizer.token_to_id(end)
+    small = ["--width", 8, "--depth", 1, "--heads", 1, "--vocab_size", 400, "--num_steps", 1]
+    small += ["--batch_size", 2, "--sequence_length", 16, "--backend", "CPU"]
+    small += ["--dataset", tmp_path / "data/mine", "--out_dir", tmp_path / "out"]
+    assert run("train", ROOT / "configs/demo.yaml", *small).status == 0
+    (checkpoint,) = (tmp_path / "out").glob("*.mdl")
+    for where in (checkpoint, tmp_path / "data/mine"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("weights.hub.END_TOKENS", ())
+            assert end_of_text(where, tokenizer) == end
+
+
+def test_a_tokenizer_that_ends_texts_itself(here, tmp_path):
+    flags = gemma_tokenizer(tmp_path / "t5")
+    file = tmp_path / "t5/tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 301)]
+    )
+    tokenizer.save(str(file))
+    assert here(*flags).returncode == 0
+    val = Tokens(str(tmp_path / "data/mine"), "val", 400)
+    ids = val.read(0, val.count)
+    assert ids[-1] == 301 and 0 not in ids
+
+
+def test_a_tokenizer_with_code_of_its_own(here, tmp_path):
+    flags = gemma_tokenizer(tmp_path / "evil")
+    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "evil/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil/evil.py").write_text("import os; os.mkdir('ran')")
+    assert_fails(here(*flags), "its tokenizer_config.json: auto_map names other files, whose code")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "data/mine").exists()
+
+
+def test_a_tokenizer_that_cuts_and_pads(here, tmp_path):
+    """As saved with a model that embeds sentences: documents are whole all the same."""
+    more = {"truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0}}
+    more["truncation"]["direction"] = "Right"
+    pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    more["padding"] = pad | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|begin_of_text|>"}
+    counts = []
+    for name, keys in (("plain", {}), ("odd", more)):
+        assert here(*gemma_tokenizer(tmp_path / name, **keys)).returncode == 0
+        counts.append(json.loads((tmp_path / "data/mine/meta.json").read_text())["tokens"])
+        shutil.rmtree(tmp_path / "data/mine")
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+def test_a_tokenizer_whose_regular_expression_explodes(here, tmp_path, num_proc):
+    """In a process of its own too, which would not come back."""
+    slow = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "a"}
+    flags = [*gemma_tokenizer(tmp_path / "slow", normalizer=slow), "--num_proc", num_proc]
+    done = here(*flags)
+    assert done.returncode == 1
+    assert "error: the tokenizer can't encode the documents: " in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "data/mine").exists()
+
+
+def test_a_tokenizer_that_fills_the_memory(here, tmp_path):
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    chain = {"type": "Sequence", "normalizers": [step] * 40}
+    done = here(*gemma_tokenizer(tmp_path / "long", normalizer=chain))
+    assert_fails(done, "long: its steps can make a text over 10,000 times longer")
 
 
 def test_fine_tuning(here, run, tmp_path):

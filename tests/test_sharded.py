@@ -19,8 +19,8 @@ from conftest import ROOT, cloned, records
 from test_streaming import MODEL
 from test_train import close, refused
 
-from runtime.checkpoint import Checkpoint
-from runtime.console import UserError
+from common.console import UserError
+from weights.checkpoint import Checkpoint
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
 
@@ -155,8 +155,8 @@ def test_a_checkpoint_crosses(run, config, tmp_path):
         assert close(b["grad_norm"], a["grad_norm"], 1e-5)
     four = Checkpoint(config.out / "checkpoint_8.mdl")
     assert four.tensors["embedding.tokens.weight"]["shape"] == [50257, 32]
-    parts = [part["rows"] for part in four.tensors["embedding.tokens.weight"]["parts"]]
-    assert parts == [[0, 12565], [12565, 25130], [25130, 37695], [37695, 50257]]
+    parts = [rows for _, rows in four.tensors["embedding.tokens.weight"]["parts"]]
+    assert parts == [12565, 12565, 12565, 12562]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_every_file_of_a_checkpoint_is_needed(two, tmp_path):
     copy = tmp_path / two.last.name
     shutil.copytree(two.last, copy)
     names = sorted(path.name for path in copy.iterdir())
-    assert {"decoder.1.1-of-2.safetensors", "exp_avg.norm.2-of-2.safetensors"} <= set(names)
+    assert {"decoder.1.1-of-2.safetensors", "exp_avg.head.2-of-2.safetensors"} <= set(names)
     assert len(names) == 2 * 3 * 4 + 2  # systems, kinds, units; tokenizer and manifest
     for name in names:
         (copy / name).rename(tmp_path / name)
@@ -199,10 +199,11 @@ def test_every_file_of_a_checkpoint_is_needed(two, tmp_path):
     Checkpoint(copy).verify(0, 1)
 
 
+@pytest.mark.long
 def test_a_changed_file_is_found_by_the_system_that_verifies_it(two, tmp_path):
     copy = tmp_path / two.last.name
     shutil.copytree(two.last, copy)
-    file = copy / "exp_avg_sq.norm.2-of-2.safetensors"
+    file = copy / "exp_avg_sq.head.2-of-2.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -211,6 +212,7 @@ def test_a_changed_file_is_found_by_the_system_that_verifies_it(two, tmp_path):
     refused(seen, f"{file.name} was changed (its checksum differs)")
 
 
+@pytest.mark.long
 def test_eval_counts_every_token(two, run):
     """val.bin has 300 predictions, in windows that three systems do not divide."""
     flags = [two.path, "--checkpoint_path", two.last, "--json", "--batch_size", 4]
@@ -266,14 +268,22 @@ def await_steps(process: subprocess.Popen, count: int, seen: list[str]) -> None:
     await_lines(process, " | loss ", count, seen)
 
 
-def test_a_lost_system_ends_the_run(config):
-    process, seen = begin("train", config.path, "--num_systems", 2, "--num_steps", 10000), []
+@pytest.mark.parametrize(
+    ("checkpoint_steps", "hint"),
+    [
+        (3, "; resume with --checkpoint_path latest"),
+        pytest.param(10000, "", marks=pytest.mark.long),
+    ],
+)
+def test_a_lost_system_ends_the_run(config, checkpoint_steps, hint):
+    flags = ["--num_systems", 2, "--num_steps", 10000, "--checkpoint_steps", checkpoint_steps]
+    process, seen = begin("train", config.path, *flags), []
     await_steps(process, 5, seen)
     began = time.monotonic()
     os.kill(workers(process)[1], signal.SIGKILL)
     ended = end(process)
     refused(ended, "rank 1 was killed by SIGKILL")
-    assert ended.err.endswith("; resume with --checkpoint_path latest\n")
+    assert ended.err.endswith(f"the system may have run out of memory{hint}\n")
     assert time.monotonic() - began < 60
 
 
@@ -391,8 +401,8 @@ DIFFERENT = {
 def test_systems_that_disagree(config, what):
     more, message = DIFFERENT[what]
     first, second = launched(config, [["--num_systems", 2], ["--num_systems", 2, *more]])
-    refused(first, message)
-    assert (second.status, second.err) == (1, "")
+    refused(second, message)
+    refused(first, "the connection to another process was lost")
 
 
 @pytest.mark.long
@@ -413,11 +423,12 @@ def test_a_dataset_that_one_system_lacks(config, tmp_path):
         ]
 
     first, second = both()
-    refused(first, "data/words/meta.json is missing: prepare the dataset")
-    assert "error: rank 1: " in first.err
-    assert (second.status, second.err) == (1, "")
+    refused(second, "data/words/meta.json is missing: prepare the dataset")
+    assert "error: rank 1: " in second.err
+    refused(first, "the connection to another process was lost")
     shutil.copytree(config.values["dataset"], folders[1] / "data/words")
-    refused(both("--out_dir", "model_dir")[0], "out_dir: model_dir is not the folder that rank 0")
+    for seen in both("--out_dir", "model_dir"):
+        refused(seen, "out_dir: model_dir of rank 1 is not the folder that rank 0")
 
 
 def test_a_port_in_use(config):
@@ -443,7 +454,7 @@ def test_a_port_in_use(config):
             {},
             "shard_group_size: 3 does not divide num_systems",
         ),
-        (["--max_restarts", -1], {}, "max_restarts: -1 should be greater than or equal to 0"),
+        (["--max_restarts", -1], {}, "max_restarts: '-1' should be greater than or equal to 0"),
         (["--num_systems", 2], {"RANK": 0, "WORLD_SIZE": 3}, "the launcher started 3 processes"),
         ([], {"RANK": 0, "WORLD_SIZE": 2}, "num_systems: 1, but the launcher started 2"),
         (["--num_systems", 2], {"RANK": 0, "WORLD_SIZE": 2}, "MASTER_ADDR"),
@@ -469,6 +480,6 @@ def test_from_how_many_systems_a_model_fits(run, size, systems):
         assert told["engine"] == "sharded"
     more = ["--device", "h100", "--host_memory", "4TB", "--num_systems", systems]
     assert (
-        f"fits on {systems} or more such devices"
+        f"without streaming or offloading: {systems}"
         in run("plan", ROOT / f"configs/{size}.yaml", *more).out
     )

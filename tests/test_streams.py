@@ -2,17 +2,20 @@
 
 import ast
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import eval_data
 from races import ENGINES, Detector, Watch, watched
 from test_gpu import STREAMED
 from test_streaming import equal_runs, streaming_config
 from test_train import batches_of, engine_config, quiet, train
 
-from dataset import EvalData
-from engines import base, buffers, open_engine, store, streaming
+import loss
+import ops
+from engines import buffers, open_engine, store, streaming
 
 WAITS = {"wait_event", "synchronize", "wait_stream", "record_stream"}
 CASES = [
@@ -25,6 +28,18 @@ CASES = [
         "stream_batch_size": 2,
         "activation_location": "host",
     },
+    {"stream_to": "disk", "activation_checkpointing": True, "blocks_on_device": 4},
+    {
+        "stream_to": "disk",
+        "micro_batch_size": 1,
+        "stream_batch_size": 2,
+        "activation_location": "host",
+        "blocks_on_device": 1,
+    },
+    {
+        **{"stream_to": "ram", "micro_batch_size": 1, "stream_batch_size": 1, "depth": 1},
+        **{"blocks_on_device": 1},
+    },
 ]
 
 
@@ -32,22 +47,23 @@ CASES = [
 def small_pieces(monkeypatch):
     """Several chunks a layer and of logits, as real models have; and what a GPU computes."""
     monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
-    monkeypatch.setattr(base, "LOSS_ROWS", {"CPU": 16})
-    for only_on_cpu in ("has_sparse_lookup", "has_own_operations"):
-        monkeypatch.setattr(base, only_on_cpu, lambda config: False)
+    monkeypatch.setattr(loss, "CHUNK", {"cpu": 16})
+    monkeypatch.setattr(ops, "_is_on_cpu", lambda x: False)
 
 
 def run(detector: Detector, keys: dict, dataset: Path, out: Path, steps: int = 3) -> list:
     """Steps, an evaluation, texts and what is saved, then more steps."""
     with pytest.MonkeyPatch.context() as patch, Watch(detector):
         watched(detector, patch)
-        config = streaming_config(out, **{"depth": 4, "precision": "bf16", **keys})
-        engine = open_engine(config)
+        keys = {"depth": 4, "precision": "bf16", **keys}
+        staying = keys.pop("blocks_on_device", 0)
+        config = streaming_config(out, **keys)
+        engine = open_engine(config, blocks_on_device=staying)
         engine.initialize()
         batches = batches_of(config, dataset)
         try:
             stats = list(engine.run(batches, 0, steps - 1, quiet))
-            engine.evaluate(EvalData(dataset, config.vocab_size, 32, 4), 4)
+            engine.evaluate(eval_data(dataset, config.vocab_size, 32, 4), 4)
             engine.next_logits([torch.arange(5), torch.arange(9)])
             for _ in engine.state():
                 pass
@@ -60,7 +76,7 @@ def run(detector: Detector, keys: dict, dataset: Path, out: Path, steps: int = 3
     return stats
 
 
-PART = (0, 3)  # of the cases, for every run of the tests
+PART = (0, 3, 5)  # of the cases, for every run of the tests
 
 
 @pytest.mark.parametrize(
@@ -112,6 +128,27 @@ def test_each_wait_is_needed(dataset, tmp_path, site):
             assert site in detector.waits
             return
     pytest.fail(f"{site[0]}:{site[1]} is never missed")
+
+
+@pytest.mark.long
+def test_a_chunk_that_stays_takes_no_staging_buffer(dataset, tmp_path, monkeypatch):
+    """Were it to give one back, the next copy in would not wait for what still reads it."""
+    rings, make, give_back = [], buffers.Staging.__init__, store.MemoryStore.give_back
+
+    def made(self, *arguments: object) -> None:
+        make(self, *arguments)
+        rings.append(self)
+
+    def turned(self, chunk: store.Chunk, after: object, write: slice | None = None) -> None:
+        give_back(self, chunk, after, write)
+        if threading.current_thread().name.startswith("fetch"):
+            rings[0].give_back(after)
+
+    monkeypatch.setattr(buffers.Staging, "__init__", made)
+    monkeypatch.setattr(store.MemoryStore, "give_back", turned)
+    detector = Detector()
+    run(detector, {"stream_to": "disk", "blocks_on_device": 2}, dataset, tmp_path)
+    assert detector.races
 
 
 def racy_wait(self, layer: str) -> None:

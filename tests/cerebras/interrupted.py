@@ -7,7 +7,7 @@ import time
 from cerebras.appliance.storage.h5_storage import H5Writer
 
 import train
-from runtime.console import command
+from common.console import command
 
 write, waiting = H5Writer.write, [signal.SIGINT]
 

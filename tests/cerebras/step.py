@@ -7,7 +7,7 @@ import sys
 import torch._lazy.metrics
 
 import train
-from runtime.console import command
+from common.console import command
 
 try:
     command(train.main)

@@ -27,7 +27,7 @@ def send(file: str, split: str) -> None:
     from runtime.resume import Start
 
     config = resolve(parse_configuration("")[0], {}).config
-    train, val, _ = Start(config).open_data(config, Group())
+    train, (val,), _ = Start(config).open_data(config, Group())
     get, steps = train.get, range(3, 9)
     if split == "val":
         get = partial(read_sequences, val, config.batch_size)

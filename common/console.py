@@ -1,4 +1,5 @@
-"""The console: how a command reports errors, messages and progress, and hears signals."""
+"""The console: how a command reports errors, messages and progress, reads prompts, and hears
+signals."""
 
 import errno
 import io
@@ -17,7 +18,9 @@ from tqdm import tqdm
 
 LONGEST = 2000  # characters of a message: a name can be as long as a file
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+_SHORT.maxlevel = 2
+_SHORT.maxstring = 100
+_SHORT.maxother = 100
 
 
 class UserError(Exception):
@@ -67,30 +70,28 @@ def _open_console() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     for name, number in (("stdout", 1), ("stderr", 2)):
-        before = getattr(sys, name)
-        number = number if before else os.open(os.devnull, os.O_WRONLY)
+        encoding = getattr(getattr(sys, name), "encoding", "utf-8")
         buffer = io.BufferedWriter(_Console(number, "w", closefd=False))
-        encoding = before.encoding if before else "utf-8"
-        after = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
-        setattr(sys, name, after)
+        stream = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
+        setattr(sys, name, stream)
 
 
 def explain(error: Exception) -> str | None:
-    """The line for what a user can cause; None for a bug."""
+    """Returns the line for what a user can cause; None for a bug."""
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which this file does not need
-        return f"{_one_line(error)}; lower --micro_batch_size"
-    return _one_line(error) if isinstance(error, (UserError, OSError, ArgumentError)) else None
+        return f"{one_line(error)}; lower --micro_batch_size"
+    return one_line(error) if isinstance(error, (UserError, OSError, ArgumentError)) else None
 
 
-def _one_line(error: Exception) -> str:
-    """The message; for an error of the operating system the file's name and the reason."""
+def one_line(error: Exception) -> str:
+    """Returns the message; for an error of the operating system the file's name and the reason."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"[-LONGEST:]  # the reason is at the end
     return " ".join(str(error).split())[:LONGEST] or type(error).__name__
 
 
 def short(value: object) -> str:
-    """A value for a message, which stays short however large or deep the value is."""
+    """Returns a value for a message, which stays short however large or deep the value is."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # an integer of more digits than Python prints
@@ -98,17 +99,17 @@ def short(value: object) -> str:
 
 
 def log(message: str) -> None:
-    """One line on the console, above the progress bar if there is one."""
+    """Prints a line on the console, above the progress bar if there is one."""
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
 
 def warn(message: str) -> None:
-    """One line on stderr, as stdout may be the result of a command."""
+    """Prints a line on stderr, as stdout may be the result of a command."""
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def progress(items: Iterable, what: str, unit: str, total: int | None = None) -> Iterable:
+def track(items: Iterable, what: str, unit: str, total: int | None = None) -> Iterable:
     """Shows the progress of long work on stderr: a bar on a terminal, a line a minute in a log."""
     if sys.stderr.isatty():
         return tqdm(items, what, total, unit=unit, leave=False, dynamic_ncols=True)
@@ -116,9 +117,26 @@ def progress(items: Iterable, what: str, unit: str, total: int | None = None) ->
     return tqdm(items, what, total, unit=unit, mininterval=60, delay=60, bar_format=form)
 
 
+def read_prompts() -> Iterator[str]:
+    """Yields the lines of stdin: from a terminal up to an empty one, else all but empty ones.
+    Raises UserError for what is not text."""
+    question = "Enter a prompt (RETURN to exit): " if sys.stdin.isatty() else ""
+    while True:
+        print(question, end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin is not text in {error.encoding}") from None
+        prompt = line.rstrip("\r\n")
+        if not line or (question and not prompt):
+            return
+        if prompt:
+            yield prompt
+
+
 @contextmanager
 def optional(what: str) -> Iterator[None]:
-    """Errors in it are logged, not raised."""
+    """Logs an error instead of raising it."""
     try:
         yield
     except Exception as error:
@@ -133,7 +151,8 @@ class StopSignals:
     several processes, signals within a second count as one: launchers send them repeatedly."""
 
     def __init__(self, processes: int):
-        self.stop, self.processes = False, processes
+        self.processes = processes
+        self.stop = False
 
     def __enter__(self) -> "StopSignals":
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -141,10 +160,14 @@ class StopSignals:
 
     def _ask(self, number: int, frame: object) -> None:
         if not self.stop:
-            self.stop, self.asked = True, time.monotonic()
+            self.stop = True
+            self.asked = time.monotonic()
             name = signal.Signals(number).name
             with suppress(OSError):  # print is not safe in a signal handler
-                text = f"{name}: will save and stop after this step; send again to quit now\n"
+                begin = "\n" if sys.stderr.isatty() else ""  # below the bar
+                text = (
+                    f"{begin}{name}: will save and stop after this step; send again to quit now\n"
+                )
                 os.write(sys.stderr.fileno(), text.encode())
             if self.processes == 1:
                 self.__exit__()

@@ -1,6 +1,6 @@
 """Saves what an appliance would be sent first, with the package's own save.
 
-weights.py FOLDER, then the arguments of train.py. Writes first/*.safetensors there, in the form of
+loaded.py FOLDER, then the arguments of train.py. Writes first/*.safetensors there, in the form of
 a checkpoint's files, and prints, as JSON, the powers of beta and the steps of the schedules.
 """
 
@@ -20,7 +20,7 @@ from runtime.resume import find_start
 folder = Path(sys.argv.pop(1))
 config, _ = parse_configuration("")
 start = find_start(config, Group())
-engine = open_engine(resolve(start.config, start.chosen).config)
+engine = open_engine(resolve(start.config, start.resolved_before).config)
 if start.read is None:
     engine.initialize()
 else:

@@ -8,14 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.console import UserError, short
+from common.console import UserError, short
 
 END = ',\n "sha256": "%s"\n}\n'
 SIZE = len(END % ("0" * 64))
-
-
-class Changed(ValueError):
-    """A file does not hold what was written to it."""
 
 
 def follow_umask(path: Path) -> None:
@@ -68,12 +64,13 @@ def write_sealed(path: Path, content: dict) -> None:
 
 
 def read_sealed(path: Path) -> dict:
-    """What was written there, without the checksum. Raises Changed where anything was changed, and
-    ValueError where it is not JSON of this program."""
+    """Returns what was written there, without the checksum. Raises ValueError where anything was
+    changed, or where it is not JSON of this program."""
     raw = path.read_bytes()
-    body, end = raw[:-SIZE], raw[-SIZE:]
+    body = raw[:-SIZE]
+    end = raw[-SIZE:]
     if end != (END % hashlib.sha256(body).hexdigest()).encode():
-        raise Changed("it was changed (its checksum differs)")
+        raise ValueError("it was changed (its checksum differs)")
     try:
         content = json.loads(raw)
         del content["sha256"]
@@ -82,7 +79,7 @@ def read_sealed(path: Path) -> dict:
     return content
 
 
-def count_of(value: object) -> int:
+def checked_count(value: object) -> int:
     """A count from JSON; ValueError where it is none that a file could hold."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{short(value)} is not a count")

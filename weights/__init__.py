@@ -1,0 +1,1 @@
+"""Weights in and out: checkpoints, and the folders of Hugging Face."""
