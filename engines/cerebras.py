@@ -34,7 +34,7 @@ from torch import Tensor
 from common.console import UserError
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
-from engines.base import Engine, Read, Report, StepStats, Watch
+from engines.base import Engine, Report, StepStats
 from engines.optimizer import (
     BETAS,
     FINAL_FRACTION,
@@ -43,6 +43,7 @@ from engines.optimizer import (
     learning_rate,
     parameter_groups,
 )
+from engines.state import Read, Watch
 from loss import IGNORE
 from model import GPT, derive_seed
 from weights.checkpoint import write_error

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from configuration import Configuration
 from dataset import Batch, EvalData
-from engines.base import Engine, Limits, Report, Watch, micro_batches, prepare_compute
+from engines.base import Engine, Limits, Report, micro_batches, prepare_compute
 from engines.optimizer import clip_divisor, is_applied, make_optimizer, square_sum
+from engines.state import Watch
 from loss import IGNORE
 from model import derive_seed
 
