@@ -15,7 +15,7 @@ AHEAD = 2  # chunks or activations on their way while one is in use
 
 
 def is_separate(device: torch.device) -> bool:
-    """Whether the device has memory of its own, and streams that run beside the host."""
+    """Returns whether the device has memory of its own, and streams that run beside the host."""
     return device.type != "cpu"
 
 
@@ -36,7 +36,9 @@ class Array:
         device: torch.device | None = None,
         pinned: bool = False,
     ):
-        self.bytes, self.memory, self.pinned = size * dtype.itemsize, None, False
+        self.bytes = size * dtype.itemsize
+        self.memory = None
+        self.pinned = False
         if device is None or not is_separate(device):
             self.memory = mmap.mmap(-1, self.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # a kernel without huge pages
@@ -64,8 +66,8 @@ class Array:
 
 
 def pin(tensor: Tensor) -> bool:
-    """Registers host memory with CUDA; False where the system does not allow so much, and copies
-    are slower then."""
+    """Registers host memory with CUDA. Returns False where the system does not allow so much;
+    copies are slower then."""
     status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
     if int(status) != 0:  # else the next kernel's check finds it; of the library that torch uses
         ctypes.CDLL(torch._C.__file__).cudaGetLastError()
@@ -75,26 +77,26 @@ def pin(tensor: Tensor) -> bool:
 class Staging:
     """Device memory for chunks on their way, used in turns. On a CPU a chunk stays where it is."""
 
-    def __init__(self, numbers: int, kinds: int, device: torch.device):
+    def __init__(self, elements: int, kinds: int, device: torch.device):
         self.streams = torch.get_device_module(device)
         self.copying = self.streams.Stream(priority=-1)
         self.slots = deque()
         if is_separate(device):
             for _ in range(AHEAD + 1):
-                memory = torch.zeros(kinds * numbers, device=device)
+                memory = torch.zeros(kinds * elements, device=device)
                 self.slots.append((memory, record(self.streams, self.streams.current_stream())))
 
     def bring(self, data: Tensor) -> Tensor:
-        """A copy of a chunk's numbers, (kinds, count), complete for the stream that is current.
-        `give_back` must follow."""
+        """Returns a copy of a chunk's elements, (kinds, count), complete for the stream that is
+        current. `give_back` must follow."""
         if not self.slots:
             return data
         memory, free = self.slots[0]
         self.copying.wait_event(free)
         with self.streams.stream(self.copying):
-            here = memory[: data.numel()].view_as(data).copy_(data, non_blocking=True)
+            copy = memory[: data.numel()].view_as(data).copy_(data, non_blocking=True)
         self.streams.current_stream().wait_event(record(self.streams, self.copying))
-        return here
+        return copy
 
     def give_back(self, done: object) -> None:
         """Ends the use of what was brought last, after the event `done`."""
@@ -109,10 +111,11 @@ class HostActivations:
 
     def __init__(self, config: Configuration, device: torch.device, dtype: torch.dtype):
         self.streams = torch.get_device_module(device)
-        self.copy_in, self.copy_out = self.streams.Stream(), self.streams.Stream()
-        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.coming: dict[tuple[int, int], object] = {}
-        self.leaving: deque[tuple[Tensor, object]] = deque()
+        self.copy_in = self.streams.Stream()
+        self.copy_out = self.streams.Stream()
+        self.offloaded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.prefetched: dict[tuple[int, int], object] = {}
+        self.in_flight: deque[tuple[Tensor, object]] = deque()
         self.rows = config.micro_batch_size
         shape = (config.stream_batch_size, config.sequence_length, config.width)
         self.arrays = [
@@ -127,28 +130,28 @@ class HostActivations:
         self.copy_out.wait_event(record(self.streams, self.streams.current_stream()))
         with self.streams.stream(self.copy_out):
             place.copy_(x, non_blocking=True)
-        there = record(self.streams, self.copy_out)
-        self.leaving.append((x, there))
-        self.kept[layer, i] = (x, place)
-        if len(self.leaving) > AHEAD:
-            self._free(*self.leaving.popleft())
+        self.in_flight.append((x, record(self.streams, self.copy_out)))
+        self.offloaded[layer, i] = (x, place)
+        if len(self.in_flight) > AHEAD:
+            self._free(*self.in_flight.popleft())
 
-    def _free(self, x: Tensor, there: object) -> None:
-        self.streams.current_stream().wait_event(there)
+    def _free(self, x: Tensor, copied: object) -> None:
+        self.streams.current_stream().wait_event(copied)
         x.untyped_storage().resize_(0)
 
     def get(self, layer: int, i: int) -> None:
         """Brings back what was put, once."""
-        while self.leaving:
-            self._free(*self.leaving.popleft())
-        there = self.coming.pop((layer, i), None) or self._fetch((layer, i))
-        if self.kept:
-            following = min(self.kept, key=lambda place: (-place[0], place[1]))
-            self.coming[following] = self._fetch(following)
-        self.streams.current_stream().wait_event(there)
+        while self.in_flight:
+            self._free(*self.in_flight.popleft())
+        copied = self.prefetched.pop((layer, i), None) or self._fetch((layer, i))
+        if self.offloaded:  # the backward pass takes the last layer next
+            last = max(layer for layer, _ in self.offloaded)
+            following = (last, min(i for layer, i in self.offloaded if layer == last))
+            self.prefetched[following] = self._fetch(following)
+        self.streams.current_stream().wait_event(copied)
 
     def _fetch(self, key: tuple[int, int]) -> object:
-        x, place = self.kept.pop(key)
+        x, place = self.offloaded.pop(key)
         x.untyped_storage().resize_(x.nbytes)
         self.copy_in.wait_event(record(self.streams, self.streams.current_stream()))
         with self.streams.stream(self.copy_in):
@@ -161,7 +164,7 @@ class HostActivations:
 
 
 def record(streams, stream) -> object:
-    """An event that passes when the stream gets there; `streams` is the module of its device."""
+    """Returns an event that passes when the stream gets there; `streams` is its device's module."""
     event = streams.Event()
     event.record(stream)
     return event

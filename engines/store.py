@@ -1,8 +1,8 @@
 """The parameter store of the streaming engine: in memory or in files, a chunk at a time.
 
 Each layer of the model has four fp32 arrays, the kinds: weight, exp_avg, exp_avg_sq, gradient. They
-are cut into chunks; a chunk has its numbers of every kind, one after the other, so any neighbouring
-kinds move in one piece.
+are cut into chunks. A chunk has its elements of every kind, one after the other, so that any
+neighbouring kinds move in one piece.
 """
 
 import os
@@ -25,23 +25,26 @@ from common.files import locked
 from engines.buffers import Array
 from engines.threads import start_threads
 
-# Numbers of a kind that move at a time: 128 MB to a GPU at full rate, 16 MB to a disk's queue
+# Elements of a kind that move at a time: 128 MB to a GPU at full rate, 16 MB to a disk's queue
 CHUNK = {"ram": 32 * 2**20, "disk": 4 * 2**20}
 BUFFERS = 6  # chunks that are on their way from or to the disk at a time
-WEIGHT, STATE, GRADIENT, ALL = slice(0, 1), slice(0, 3), slice(3, 4), slice(0, 4)
+WEIGHT = slice(0, 1)  # of the kinds
+STATE = slice(0, 3)
+GRADIENT = slice(3, 4)
+ALL = slice(0, 4)
 PAGE = 4096  # bytes: what direct input and output is aligned to
 THREADS = 2  # that read, and as many that write
 
 
 def padded(count: int) -> int:
-    """The numbers that `count` take up in the store: whole pages."""
-    numbers = PAGE // 4
-    return -(-count // numbers) * numbers
+    """Returns the elements that `count` take up in the store: whole pages."""
+    in_page = PAGE // 4
+    return -(-count // in_page) * in_page
 
 
 @dataclass
 class Chunk:
-    """Numbers of a layer in memory: `data` is (kinds, count), some neighbouring kinds."""
+    """Elements of a layer in memory: `data` is (kinds, count), some neighbouring kinds."""
 
     layer: str
     index: int
@@ -53,7 +56,7 @@ class Chunk:
 class Store:
     """What both stores share: a chunk that is given back may be changed and is written later.
 
-    sizes: numbers of each layer, padded.
+    sizes: elements of each layer, padded.
     """
 
     def __init__(self, sizes: dict[str, int], kinds: int, chunk: int):
@@ -64,16 +67,16 @@ class Store:
         self.mutex = Lock()  # of `written`, which the engine's threads share
 
     def spans(self, layer: str) -> list[tuple[int, int]]:
-        """(begin, end) of each chunk of a layer."""
+        """Returns (begin, end) of each chunk of a layer."""
         size = self.sizes[layer]
         return [(begin, min(begin + self.chunk, size)) for begin in range(0, size, self.chunk)]
 
     def buffer(self, layer: str, index: int, kinds: slice) -> Chunk:
-        """A chunk to be filled; waits until a buffer is free."""
+        """Returns a chunk to be filled; waits until a buffer is free."""
         raise NotImplementedError
 
     def read(self, layer: str, index: int, kinds: slice) -> "Future[Chunk]":
-        """A chunk as it was written last, soon; `wait` comes first."""
+        """Starts to read a chunk as it was written last; `wait` comes first."""
         raise NotImplementedError
 
     def give_back(self, chunk: Chunk, after: object, write: slice | None = None) -> None:
@@ -81,7 +84,7 @@ class Store:
         from the chunk's first) that have changed."""
         raise NotImplementedError
 
-    def _settle(self, written: object) -> None:
+    def _wait_one(self, written: object) -> None:
         """Waits for one of `written`."""
         raise NotImplementedError
 
@@ -90,7 +93,7 @@ class Store:
         with self.mutex:
             pending = list(self.written[layer])
         for one in pending:
-            self._settle(one)
+            self._wait_one(one)
         with self.mutex:  # only now: another thread that waits must wait for them too
             self.written[layer] = [one for one in self.written[layer] if one not in pending]
 
@@ -126,7 +129,7 @@ class MemoryStore(Store):
             with self.mutex:
                 self.written[chunk.layer].append(after)
 
-    def _settle(self, written: object) -> None:
+    def _wait_one(self, written: object) -> None:
         written.synchronize()
 
     def close(self) -> None:
@@ -146,7 +149,8 @@ class DiskStore(Store):
         super().__init__(sizes, kinds, CHUNK["disk"])
         self.files = {}
         # apart: a write waits for the device, and no read should wait with it
-        self.readers, self.writers = (start_threads(THREADS, name) for name in ("read", "write"))
+        self.readers = start_threads(THREADS, "read")
+        self.writers = start_threads(THREADS, "write")
         self.sums: dict[tuple[str, int, int], int] = {}  # by layer, chunk and kind; zeros have 0
         self.free: SimpleQueue[Tensor | None] = SimpleQueue()
         self.buffers: list[Array] = []
@@ -179,9 +183,10 @@ class DiskStore(Store):
 
     def buffer(self, layer: str, index: int, kinds: slice) -> Chunk:
         begin, end = self.spans(layer)[index]
-        buffer, rows = self.free.get(), kinds.stop - kinds.start
+        buffer = self.free.get()
         if buffer is None:
             raise RuntimeError("the store was closed")
+        rows = kinds.stop - kinds.start
         data = buffer[: rows * (end - begin)].view(rows, end - begin)
         return Chunk(layer, index, kinds, data, buffer)
 
@@ -209,21 +214,21 @@ class DiskStore(Store):
         with self.mutex:
             self.written[chunk.layer].append(self.writers.submit(finish))
 
-    def _settle(self, written: Future) -> None:
+    def _wait_one(self, written: Future) -> None:
         written.result()
 
     def _read(self, chunk: Chunk) -> Chunk:
         """Fills a chunk and returns it."""
         self._move(os.preadv, chunk, chunk.data)
-        for kind, numbers in enumerate(chunk.data, chunk.kinds.start):
-            if checksum(numbers) != self.sums.get((chunk.layer, chunk.index, kind), 0):
+        for kind, elements in enumerate(chunk.data, chunk.kinds.start):
+            if checksum(elements) != self.sums.get((chunk.layer, chunk.index, kind), 0):
                 raise self._lost(chunk, "it does not hold what was written to it")
         return chunk
 
     def _write(self, chunk: Chunk, kinds: slice) -> None:
         """Writes these kinds of a chunk, counted from its first."""
-        for kind, numbers in enumerate(chunk.data[kinds], chunk.kinds.start + kinds.start):
-            self.sums[chunk.layer, chunk.index, kind] = checksum(numbers)
+        for kind, elements in enumerate(chunk.data[kinds], chunk.kinds.start + kinds.start):
+            self.sums[chunk.layer, chunk.index, kind] = checksum(elements)
         self._move(os.pwritev, chunk, chunk.data[kinds])
 
     def _move(self, call: Callable, chunk: Chunk, data: Tensor) -> None:
@@ -239,7 +244,8 @@ class DiskStore(Store):
                 moved = call(file, [rest], place)
                 if moved == 0:
                     raise OSError(0, "nothing can be moved")
-                rest, place = rest[moved:], place + moved
+                rest = rest[moved:]
+                place += moved
         except OSError as error:
             raise self._lost(chunk, error.strerror) from None
 
@@ -262,19 +268,20 @@ class DiskStore(Store):
         self.lock.close()
 
 
-def checksum(numbers: Tensor) -> int:
-    """Of fp32 numbers, an even count: their bits, summed up as 64-bit integers, at the speed of the
-    memory. A flipped bit changes it, and so does a page that was lost; 0 for zeros."""
-    return int(numbers.view(torch.int64).sum())
+def checksum(elements: Tensor) -> int:
+    """Returns the bits of fp32 elements, an even count, summed as 64-bit integers, at the speed of
+    the memory. A flipped bit changes it, and so does a page that was lost; it is 0 for zeros."""
+    return int(elements.view(torch.int64).sum())
 
 
 PREFIX = "gigagpt-store-"
 
 
 def _make_folder(parent: Path) -> tuple[Path, ExitStack]:
-    """A folder of this process's own, and the lock that shows others that it is in use."""
+    """Makes a folder of this process's own, and the lock that shows others that it is in use."""
     with locked(parent, wait=True):  # nobody removes a folder before it is locked
-        folder, lock = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent)), ExitStack()
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        lock = ExitStack()
         lock.enter_context(locked(folder))
         return folder, lock
 

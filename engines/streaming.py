@@ -42,7 +42,7 @@ from model import derive_seed
 from weights.checkpoint import KINDS
 
 LAYERS_AHEAD = 2  # visits whose layers are prefetched
-ALIGNMENT = 64  # numbers: where a parameter may start in its layer's array
+ALIGNMENT = 64  # elements: where a parameter may start in its layer's array
 
 
 @dataclass
@@ -71,22 +71,25 @@ class Work:
 class Layout:
     """Where the parameters of a layer are in its flat arrays, those with weight decay first."""
 
-    places: dict[str, tuple[int, torch.Size]]
-    decaying: int  # weight decay applies to the numbers before this one
+    places: dict[str, tuple[int, torch.Size]]  # first element and shape, by name
+    decay_end: int  # weight decay applies to the elements before this one
     size: int  # padded
 
     @staticmethod
     def of(layer: nn.Module) -> "Layout":
         ordered = sorted(layer.named_parameters(), key=lambda item: not decays(item[1]))
-        places, end, decaying = {}, 0, 0
+        places = {}
+        end = 0
+        decay_end = 0
         for name, parameter in ordered:
             places[name] = (end, parameter.shape)
             end += math.ceil(parameter.numel() / ALIGNMENT) * ALIGNMENT
-            decaying = end if decays(parameter) else decaying
-        return Layout(places, decaying, padded(end))
+            if decays(parameter):
+                decay_end = end
+        return Layout(places, decay_end, padded(end))
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The parameters' parts of a flat array."""
+        """Returns the parts of a flat array, in the shapes of the parameters."""
         return {
             name: flat[begin : begin + shape.numel()].view(shape)
             for name, (begin, shape) in self.places.items()
@@ -102,7 +105,8 @@ class StreamingEngine(Engine):
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.streams = torch.get_device_module(self.device)
         # of high priority: the matmuls of the compute stream would delay them
-        self.updates, self.copies_out = (self.streams.Stream(priority=-1) for _ in range(2))
+        self.updates = self.streams.Stream(priority=-1)
+        self.copies_out = self.streams.Stream(priority=-1)
         self.offloaded = None
         if training and is_separate(self.device) and config.activation_location == "host":
             self.offloaded = HostActivations(config, self.device, self.dtype)
@@ -130,19 +134,20 @@ class StreamingEngine(Engine):
         on_device = MemoryStore(self.staying, kinds, False, self.device)
         store = self._open_store(sizes, kinds)
         self.stores = dict.fromkeys(sizes, store) | dict.fromkeys(self.staying, on_device)
-        numbers = min(store.chunk, max(sizes.values()))
-        self.fetched = Staging(numbers, kinds, self.device)
-        self.added = Staging(numbers, 1, self.device)
-        self.fetcher, self.storer = (start_threads(1, name) for name in ("fetch", "store"))
+        elements = min(store.chunk, max(sizes.values()))
+        self.fetched = Staging(elements, kinds, self.device)
+        self.added = Staging(elements, 1, self.device)
+        self.fetcher = start_threads(1, "fetch")
+        self.storer = start_threads(1, "store")
         self.fetches: dict[str, Future] = {}  # of the layers on the device, or on their way
-        # of each layer's gradient, with the event after which it is stored
-        self.square_sums: dict[str, Future] = {}
+        # the sum of squares of each layer's gradient, with the event after which it is stored
+        self.squares: dict[str, Future] = {}
         self.storing: deque[tuple[Future, Tensor]] = deque()  # and the gradient
-        self.stale: set[str] = set()  # layers whose last update is not yet applied
+        self.outdated: set[str] = set()  # layers whose last update is not yet applied
         self.update: Update | None = None
 
     def _open_store(self, sizes: dict[str, int], kinds: int) -> Store:
-        """The store of the layers that do not stay on the device."""
+        """Opens the store of the layers that do not stay on the device."""
         pin = self.device.type == "cuda"
         if self.config.stream_to == "ram":
             store = MemoryStore(sizes, kinds, pin)
@@ -158,7 +163,9 @@ class StreamingEngine(Engine):
     # The parameter store
 
     def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
-        layout, store, row = self.layouts[layer], self.stores[layer], KINDS.index(kind)
+        layout = self.layouts[layer]
+        store = self.stores[layer]
+        row = KINDS.index(kind)
         flat = Array(layout.size).tensor
         for name, view in layout.views(flat).items():
             view.copy_(tensors[f"{layer}.{name}"])
@@ -179,11 +186,13 @@ class StreamingEngine(Engine):
         return_freed_memory()  # of what was drawn or loaded, by other threads too
 
     def get(self, layer: str, kind: str) -> dict[str, Tensor]:
-        layout, store, row = self.layouts[layer], self.stores[layer], KINDS.index(kind)
-        if layer in self.stale:  # fetching it applies the update
-            self._request(layer)
+        layout = self.layouts[layer]
+        store = self.stores[layer]
+        row = KINDS.index(kind)
+        if layer in self.outdated:  # fetching it applies the update
+            self._prefetch(layer)
         if layer in self.fetches:
-            self._arrive(layer)
+            self._wait_for(layer)
             self._release(layer)
         store.wait(layer)
         flat = Array(layout.size).tensor
@@ -200,24 +209,27 @@ class StreamingEngine(Engine):
         for i, layers in enumerate(sequence):
             following = list(chain(*sequence[i + 1 : i + 1 + LAYERS_AHEAD]))
             for layer in (*layers, *following):
-                self._request(layer)
+                self._prefetch(layer)
             for layer in layers:
-                self._arrive(layer)
+                self._wait_for(layer)
             yield
             for layer in set(layers) - set(following):
                 self._release(layer)
 
-    def _request(self, layer: str) -> None:
+    def _prefetch(self, layer: str) -> None:
         """Starts to fetch a layer, and to apply its pending update, if any."""
         if layer in self.fetches:
             return
         self.weights[layer].allocate()
         allocated = record(self.streams, self.streams.current_stream())
-        update = self.update if layer in self.stale else None
-        self.stale.discard(layer)
+        update = None
+        if layer in self.outdated:
+            update = self.update
+        self.outdated.discard(layer)
         self.fetches[layer] = self.fetcher.submit(self._fetch, layer, update, allocated)
 
-    def _arrive(self, layer: str) -> None:
+    def _wait_for(self, layer: str) -> None:
+        """Has the compute stream wait until a layer is on the device."""
         self.streams.current_stream().wait_event(self.fetches[layer].result())
 
     def _release(self, layer: str) -> None:
@@ -225,8 +237,9 @@ class StreamingEngine(Engine):
         self.weights[layer].free()
 
     def _read(self, layer: str, kinds: slice) -> Iterator:
-        """The chunks of a layer, read ahead."""
-        store, reads = self.stores[layer], deque()
+        """Yields the chunks of a layer, read ahead."""
+        store = self.stores[layer]
+        reads = deque()
         try:
             for index in range(len(store.spans(layer))):
                 reads.append(store.read(layer, index, kinds))
@@ -242,7 +255,8 @@ class StreamingEngine(Engine):
     def _fetch(self, layer: str, update: Update | None, allocated: object) -> object:
         """Copies the weights to the device, chunk by chunk, and updates them if an update is
         pending. Returns the event after which they are complete."""
-        weights, decaying = self.weights[layer].tensor.data, self.layouts[layer].decaying
+        weights = self.weights[layer].tensor.data
+        decay_end = self.layouts[layer].decay_end
         store = self.stores[layer]
         store.wait(layer)
         spans = store.spans(layer)
@@ -252,7 +266,7 @@ class StreamingEngine(Engine):
             for (begin, end), chunk in zip(spans, chunks, strict=True):
                 data = chunk.data if layer in self.staying else self.fetched.bring(chunk.data)
                 if update:
-                    update.apply(data, decaying - begin)
+                    update.apply(data, decay_end - begin)
                 weights[begin:end].copy_(data[0])
                 done = record(self.streams, self.updates)
                 if update and data is not chunk.data:
@@ -292,39 +306,41 @@ class StreamingEngine(Engine):
     # Compute
 
     def step(
-        self, step: int, batch: Batch, rate: float, limits: Limits, progress: Report
+        self, step: int, batch: Batch, rate: float, limits: Limits, report_progress: Report
     ) -> tuple[float, float]:
-        loss, norm = self._accumulate(batch, step, progress)
+        loss, norm = self._accumulate(batch, step, report_progress)
         if is_applied(loss, norm, limits):
             self.optimizer_steps += 1
             clip = clip_divisor(self.config, torch.tensor(norm, dtype=torch.float64)).item()
             self.update = Update(self.config, rate, clip, self.optimizer_steps)
-            self.stale = set(self.modules)
+            self.outdated.update(self.modules)
         for layer in chain(*self.first):  # for the next step
-            self._request(layer)
+            self._prefetch(layer)
         return loss, norm
 
-    def _accumulate(self, batch: Batch, step: int, progress: Report) -> tuple[float, float]:
+    def _accumulate(self, batch: Batch, step: int, report_progress: Report) -> tuple[float, float]:
         """Leaves the gradient of the mean loss in the store; returns that loss and the norm."""
         # a block's backward pass is as much work as two forward passes, and recomputing is a third
         self.backward_work = 3 if self.config.activation_checkpointing else 2
-        work = Work(len(batch.ids) * self.config.depth * (1 + self.backward_work), progress)
-        self.square_sums.clear()
+        total = len(batch.ids) * self.config.depth * (1 + self.backward_work)
+        work = Work(total, report_progress)
+        self.squares.clear()
         passes = self._passes(batch, step)
         losses = [self._pass(part, batch.targets.size, work) for part in passes]
         squares = []
-        for future in self.square_sums.values():
+        for future in self.squares.values():
             square, stored = future.result()
             self.streams.current_stream().wait_event(stored)
             squares.append(square)
         self.storing.clear()
-        loss = torch.stack(losses).sum()
-        return loss.item(), torch.stack(squares).sum().sqrt().item()
+        norm = torch.stack(squares).sum().sqrt()
+        return torch.stack(losses).sum().item(), norm.item()
 
     def _passes(self, batch: Batch, step: int = 0) -> Iterator[list[MicroBatch]]:
-        """The micro-batches that go through the layers together."""
-        together = self.config.stream_batch_size // self.config.micro_batch_size
-        together = together if self.model.training else len(batch.ids)
+        """Yields the micro-batches that go through the layers together."""
+        together = len(batch.ids)
+        if self.model.training:
+            together = self.config.stream_batch_size // self.config.micro_batch_size
         parts = []
         for i, (ids, targets) in enumerate(micro_batches(self.config, self.device, batch)):
             parts.append(MicroBatch(ids, targets, derive_seed(self.config.seed, step, i)))
@@ -378,8 +394,8 @@ class StreamingEngine(Engine):
         return self.model.decoder[layer](x)
 
     def _forward(self, layer: int, i: int, x: Tensor, part: MicroBatch) -> Tensor:
-        """A block's output for the i-th micro-batch; keeps its graph, which is little more than its
-        input with `activation_checkpointing`."""
+        """Returns a block's output for the i-th micro-batch; keeps its graph, which is little more
+        than its input with `activation_checkpointing`."""
         x = x.detach().requires_grad_()
         if self.offloaded:
             self.offloaded.put(layer, i, x.data)  # .data leaves the version that autograd checks
@@ -388,7 +404,7 @@ class StreamingEngine(Engine):
         return self._keep(layer + 1, i, y.detach())
 
     def _backward(self, layer: int, i: int, gradient: Tensor) -> Tensor:
-        """The gradient of a block's input from that of its output."""
+        """Returns the gradient of a block's input from that of its output."""
         x, output = self.graphs.pop((layer, i))
         if self.offloaded:
             self.offloaded.get(layer, i)
@@ -414,7 +430,8 @@ class StreamingEngine(Engine):
         stored = self._stored({self.layouts[layer].size for layer in layers})
         flats = {}
         for layer in layers:
-            layout, module = self.layouts[layer], self.modules[layer]
+            layout = self.layouts[layer]
+            module = self.modules[layer]
             if layout.size in stored:  # on a CPU faster than new memory
                 flats[layer] = stored.pop(layout.size).zero_()
             else:
@@ -429,10 +446,10 @@ class StreamingEngine(Engine):
             for parameter in self.modules[layer].parameters():
                 parameter.grad = None
                 parameter.main_grad = None
-            add = layer in self.square_sums  # a later pass, or the embedding's second part
+            add = layer in self.squares  # a later pass, or the embedding's second part
             flat = flats.pop(layer)
             future = self.storer.submit(self._store_gradient, layer, flat, computed, add)
-            self.square_sums[layer] = future
+            self.squares[layer] = future
             self.storing.append((future, flat))
 
     def _stored(self, sizes: set[int]) -> dict[int, Tensor]:
@@ -460,7 +477,7 @@ class StreamingEngine(Engine):
         return [self.model.logits(x[:, place])[0] for x, place in zip(outputs, places, strict=True)]
 
     def _outputs(self, parts: list[MicroBatch]) -> Iterator[Tensor]:
-        """The last block's output for each micro-batch, while the head is on the device."""
+        """Yields the last block's output for each micro-batch, while the head is on the device."""
         visits = self._visit([self.embedding, *self.blocks, self.head])
         next(visits)
         hidden = [self._embed(part) for part in parts]

@@ -156,7 +156,7 @@ def racy_wait(self, layer: str) -> None:
     with self.mutex:
         pending = self.written.pop(layer, [])
     for one in pending:
-        self._settle(one)
+        self._wait_one(one)
 
 
 @pytest.mark.long
