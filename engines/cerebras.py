@@ -182,7 +182,7 @@ class CerebrasEngine(Engine):
                 seconds=time.perf_counter() - began,
                 tokens=self.tokens,
                 offsets=data.offsets(step - 1),
-                applied=bool(np.isfinite([loss.item(), norm.item()]).all()),
+                applied=bool(np.isfinite(loss.item() + norm.item())),
                 can_save=step in due,
             )
             self.optimizer_steps += stats.applied
@@ -284,18 +284,17 @@ class CerebrasEngine(Engine):
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         with cstorch.storage.serializers.cache_deferred_tensors(False):
-            self.loaded = cstorch.load(self.saved)
+            saved = cstorch.load(self.saved)
+        self.loaded = dict(saved["model"])
+        for name, number in self._numbers().items():
+            for kind in KINDS[1:]:
+                moments = saved["optimizer"]["state"][number]
+                self.loaded[kind + name] = moments[kind.removesuffix(".")]
         yield from super().state()
         self.saved.unlink()
 
     def get(self, layer: str, kind: str) -> dict[str, Tensor]:
-        if kind == "":
-            tensors = {name: self.loaded["model"][name] for name in self.layers[layer]}
-        else:
-            numbers = self._numbers()
-            moments = self.loaded["optimizer"]["state"]
-            tensors = {n: moments[numbers[n]][kind.removesuffix(".")] for n in self.layers[layer]}
-        return {name: read_deferred(tensor) for name, tensor in tensors.items()}
+        return {name: read_deferred(self.loaded[kind + name]) for name in self.layers[layer]}
 
     def close(self) -> None:
         self.model = self.compiled = self.optimizer = None
@@ -317,7 +316,7 @@ def open_backend(config: Configuration, folder: Path) -> cstorch.backend:
         return cstorch.backend("CPU", artifact_dir=str(folder))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # it starts the compiler that was installed beside this Python by its bare name
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cluster = config.cluster
     csx = cstorch.backends.csx
     try:

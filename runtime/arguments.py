@@ -16,18 +16,15 @@ from common.console import UserError, one_line, short
 from common.files import replacing
 from configuration import KEYS, SECTIONS, Cluster, Configuration, make_configuration
 
-# Names of nanoGPT's configuration, and ours
+# Names of nanoGPT's configuration that are unlike ours, and ours
 OTHER_NAMES = {
     "n_layer": "depth",
-    "n_head": "heads",
     "n_embd": "width",
     "block_size": "sequence_length",
     "device": "backend",
     "dtype": "precision",
     "lr": "learning_rate",
     "max_iters": "num_steps",
-    "warmup_iters": "warmup_steps",
-    "lr_decay_iters": "decay_steps",
     "grad_clip": "max_gradient_norm",
     "gradient_accumulation_steps": "micro_batch_size",
     "eval_interval": "eval_steps",

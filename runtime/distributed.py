@@ -149,19 +149,19 @@ def _report(error: Exception, rank: int) -> int:
     from another process's error, which our parent reports if that process could not."""
     sys.stderr = sys.__stderr__
     where = f"rank {rank}: " if rank > 0 else ""
-    reason = explain(error)
-    status = BY_USER
-    if _is_lost(error):
-        reason = f"the connection to another process was lost: {one_line(error)}"
-        status = LOST
-    elif reason is None:
-        sys.excepthook(type(error), error, error.__traceback__)
-        reason = f"rank {rank} failed"
-        where = ""
-        status = FAILED
     started_here = os.environ.get(PARENT) == str(os.getppid())
+    if _is_lost(error):
+        status = LOST
+        message = f"{where}the connection to another process was lost: {one_line(error)}"
+    elif reason := explain(error):
+        status = BY_USER
+        message = where + reason
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = FAILED
+        message = f"rank {rank} failed"
     if status != LOST or not started_here:
-        print(f"error: {where}{reason}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return status if started_here else 1
 
 

@@ -100,10 +100,9 @@ class Metrics:
         parts += [f"peak {memory}", left]
         if not stats.applied:
             parts.append(_skipped(stats))
-        due = stats.step % self.config.log_steps == 0
-        if not stats.applied or (
-            self.bar.disable and (due or stats.step in (self.start + 1, self.stop))
-        ):
+        first_or_last = stats.step in (self.start + 1, self.stop)
+        due = first_or_last or stats.step % self.config.log_steps == 0
+        if not stats.applied or (self.bar.disable and due):
             log(" | ".join(parts))
 
     def report_progress(self, fraction: float) -> None:
@@ -266,7 +265,8 @@ def read_records(path: Path) -> Iterator[dict]:
 
 def _read_lines(path: Path) -> Iterator[dict | None]:
     """Yields the record of each line, None for a damaged one; drops an incomplete last line."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for line in lines:
         try:
             record = json.loads(line)
             checked_count(record["step"])

@@ -3,7 +3,7 @@ configuration and the sample texts. They never end a training."""
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
@@ -30,11 +30,11 @@ class Tracker:
             with self._warning():
                 self.service = service(config, start)
 
-    def log(self, step: int, numbers: dict[str, float], samples: list[str] | None = None) -> None:
+    def log(self, step: int, numbers: dict[str, float], samples: Sequence[str] = ()) -> None:
         """Passes on the figures of a step or an evaluation, and texts that the model wrote."""
         if self.service is not None:
             with self._warning():
-                self.service.log(step, numbers, samples or [])
+                self.service.log(step, numbers, samples)
 
     def close(self) -> None:
         if self.service is not None:
@@ -61,7 +61,7 @@ class _TensorBoard:
         lines = (f"    {key}: {value}" for key, value in asdict(config).items())
         self.writer.add_text("configuration", "\n".join(lines), start)
 
-    def log(self, step: int, numbers: dict[str, float], samples: list[str]) -> None:
+    def log(self, step: int, numbers: dict[str, float], samples: Sequence[str]) -> None:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         for number, sample in enumerate(samples):
@@ -89,7 +89,7 @@ class _Service:
         project = os.environ.get(f"{config.tracker.upper()}_PROJECT", PROJECT)
         self.module.init(project=project, config=asdict(config), resume="allow", **options)
 
-    def log(self, step: int, numbers: dict[str, float], samples: list[str]) -> None:
+    def log(self, step: int, numbers: dict[str, float], samples: Sequence[str]) -> None:
         values = dict(numbers)
         if samples:
             rows = [[step, sample] for sample in samples]
