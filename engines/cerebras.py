@@ -346,11 +346,9 @@ def make_cluster_config(config: Configuration) -> cstorch.distributed.ClusterCon
         try:
             _ = get_cs_cluster_config()[1].mgmt_address
         except ClusterConfigError as error:
-            raise UserError(
-                f"cluster.mgmt_address: {error}; name the cluster's management with "
-                f"--cluster.mgmt_address HOST:PORT, or lower the step without one: "
-                f"--cluster.validate_only true"
-            ) from None
+            name_it = "name the cluster's management with --cluster.mgmt_address HOST:PORT"
+            without = "or lower the step without one: --cluster.validate_only true"
+            raise UserError(f"cluster.mgmt_address: {error}; {name_it}, {without}") from None
     known = {field.name for field in fields(cstorch.distributed.ClusterConfig)}
     keys = {k: v for k, v in asdict(cluster).items() if k in known and v is not None}
     keys["python_paths"] = [*(cluster.python_paths or []), str(PROGRAM)]
