@@ -97,8 +97,9 @@ def _choices(kind: object) -> list[str]:
     """The words that a key can be, if it is one of a few."""
     if kind is bool:
         return ["true", "false"]
-    parts = get_args(kind)
-    return [c for part in parts for c in ([part] if isinstance(part, str) else _choices(part))]
+    if isinstance(kind, str):
+        return [kind]
+    return [choice for part in get_args(kind) for choice in _choices(part)]
 
 
 def _read_value(key: str, text: str) -> object:

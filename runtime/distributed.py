@@ -167,6 +167,5 @@ def _report(error: Exception, rank: int) -> int:
 
 def _is_lost(error: Exception) -> bool:
     """Returns whether it says that another process does not answer."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-    )
+    from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return from_gloo or isinstance(error, dist.DistError)
