@@ -245,15 +245,14 @@ class Configuration(Distributed, Memory, Records, Weights, Optimizer, Data, GPTC
     def __post_init__(self):
         super().__post_init__()
         if self.batch_size < self.num_systems:
-            raise ValueError(
-                f"batch_size: {self.batch_size} is smaller than num_systems {self.num_systems}; "
-                f"each needs at least one sequence"
+            few = f"batch_size: {self.batch_size} is smaller than num_systems {self.num_systems}"
+            raise ValueError(f"{few}; each needs at least one sequence")
+        most = self.max_position_embeddings
+        if self.sequence_length > most:
+            long = (
+                f"sequence_length: {self.sequence_length} is above max_position_embeddings {most}"
             )
-        if self.sequence_length > self.max_position_embeddings:
-            raise ValueError(
-                f"sequence_length: {self.sequence_length} is above max_position_embeddings "
-                f"{self.max_position_embeddings}; lower the one or raise the other"
-            )
+            raise ValueError(f"{long}; lower the one or raise the other")
 
 
 SECTIONS = (GPTConfig, Data, Optimizer, Weights, Records, Memory, Distributed, Cluster)

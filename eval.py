@@ -2,7 +2,6 @@
 --checkpoint_path P [--json]"""
 
 import json
-import math
 from contextlib import closing
 from functools import partial
 
@@ -14,7 +13,7 @@ from model import GPTConfig
 from planner.resolve import resolve
 from runtime.arguments import parse_configuration
 from runtime.distributed import Group, joined, starts_processes
-from runtime.metrics import measures
+from runtime.metrics import finite, measures
 from runtime.resume import Start, check_same_data, find_checkpoint, open_weights
 from weights.checkpoint import Checkpoint
 
@@ -30,8 +29,7 @@ def main() -> None:
     with joined(config, training=False) as group:
         result = evaluate(config, group)
     if options["json"]:
-        finite = {key: value if math.isfinite(value) else None for key, value in result.items()}
-        print(json.dumps(finite))
+        print(json.dumps(finite(result)))
     else:
         print(" | ".join(f"{key} {value:,.6g}" for key, value in result.items()))
 

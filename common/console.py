@@ -17,6 +17,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 LONGEST = 2000  # characters of a message: a name can be as long as a file
+WILL_STOP = "will save and stop after this step; send again to quit now"
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxstring = 100
@@ -101,7 +102,6 @@ def short(value: object) -> str:
 def log(message: str) -> None:
     """Prints a line on the console, above the progress bar if there is one."""
     tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
 
 
 def warn(message: str) -> None:
@@ -162,13 +162,10 @@ class StopSignals:
         if not self.stop:
             self.stop = True
             self.asked = time.monotonic()
-            name = signal.Signals(number).name
+            text = f"{signal.Signals(number).name}: {WILL_STOP}\n"
             with suppress(OSError):  # print is not safe in a signal handler
                 begin = "\n" if sys.stderr.isatty() else ""  # below the bar
-                text = (
-                    f"{begin}{name}: will save and stop after this step; send again to quit now\n"
-                )
-                os.write(sys.stderr.fileno(), text.encode())
+                os.write(sys.stderr.fileno(), f"{begin}{text}".encode())
             if self.processes == 1:
                 self.__exit__()
         elif time.monotonic() - self.asked > 1:

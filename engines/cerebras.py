@@ -35,18 +35,11 @@ from common.console import UserError
 from configuration import Configuration
 from dataset import Batch, EvalData, TrainData
 from engines.base import Engine, Report, StepStats
-from engines.optimizer import (
-    BETAS,
-    FINAL_FRACTION,
-    MOMENTS,
-    decay_span,
-    learning_rate,
-    parameter_groups,
-)
+from engines.optimizer import BETAS, FINAL_FRACTION, decay_span, learning_rate, parameter_groups
 from engines.state import Read, Watch
 from loss import IGNORE
 from model import GPT, derive_seed
-from weights.checkpoint import write_error
+from weights.checkpoint import KINDS, write_error
 
 PROGRAM = Path(__file__).resolve().parents[1]
 # At Ctrl-C these cancel what they wait for; we go on to the next checkpoint
@@ -94,16 +87,16 @@ class CerebrasEngine(Engine):
             eps=config.adam_epsilon,
         )
         schedulers = cstorch.optim.lr_scheduler
-        rate, final = config.learning_rate, FINAL_FRACTION * config.learning_rate
-        warmup = schedulers.LinearLR(self.optimizer, 0.0, rate, max(1, config.warmup_steps))
+        rate = config.learning_rate
+        warmup = config.warmup_steps
         begin, steps = decay_span(config)
-        kind = schedulers.LinearLR if config.schedule == "wsd" else schedulers.CosineDecayLR
-        pieces, self.milestones = [warmup], [config.warmup_steps]
-        if begin > config.warmup_steps:
-            length = begin - config.warmup_steps
-            pieces.append(schedulers.ConstantLR(self.optimizer, rate, length))
+        pieces = [schedulers.LinearLR(self.optimizer, 0.0, rate, max(1, warmup))]
+        self.milestones = [warmup]
+        if begin > warmup:
+            pieces.append(schedulers.ConstantLR(self.optimizer, rate, begin - warmup))
             self.milestones.append(begin)
-        pieces.append(kind(self.optimizer, rate, final, steps))
+        decay = schedulers.LinearLR if config.schedule == "wsd" else schedulers.CosineDecayLR
+        pieces.append(decay(self.optimizer, rate, FINAL_FRACTION * rate, steps))
         self.schedule = schedulers.SequentialLR(self.optimizer, pieces, self.milestones)
         if self.backend.is_csx:  # bf16 needs no scale, but its scaler skips steps, traced
             self.scaler = cstorch.amp.GradScaler("dynamic", 1.0, None, 1.0, 1.0)
@@ -131,30 +124,28 @@ class CerebrasEngine(Engine):
             tensors |= cstorch.load(str(path))  # which it may write into another file
         names = [name for name, _ in self.model.named_parameters()]
         self.model.load_state_dict({name: tensors.pop(name) for name in names})
-        if tensors:
-            state = self.optimizer.state_dict()
-            for name, number in self._numbers().items():
-                for moment in MOMENTS:
-                    state["state"][number][moment] = tensors[f"{moment}.{name}"]
-            self.optimizer.load_state_dict(state)
         if self.training:
-            self._set_optimizer_steps()
+            self._load_optimizer(tensors)
 
     def _numbers(self) -> dict[str, int]:
         """The optimizer numbers parameters, in the order of its groups."""
         ordered = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
         return {name: ordered.index(id(p)) for name, p in self.model.named_parameters()}
 
-    def _set_optimizer_steps(self) -> None:
-        """Sets what depends on the number of optimizer steps: the powers of beta for the next
-        bias correction, and the steps of the schedules, which count from 1 as `learning_rate`
-        does."""
+    def _load_optimizer(self, moments: dict[str, Tensor]) -> None:
+        """Sets Adam's moments, if there are any, and what depends on the number of optimizer steps:
+        the powers of beta for the next bias correction, and the steps of the schedules, which count
+        from 1 as `learning_rate` does."""
         count = self.optimizer_steps + 1
-        powers = [beta_power(beta, count) for beta in BETAS]
+        # multiplied up in fp32, as the package's AdamW does
+        powers = [np.full(count, beta, np.float32).cumprod()[-1] for beta in BETAS]
         state = self.optimizer.state_dict()
-        for values in state["state"].values():
-            for number, power in enumerate(powers, 1):
-                values[f"beta{number}_power"] = torch.tensor(power)
+        for name, number in self._numbers().items():
+            values = state["state"][number]
+            values["beta1_power"] = torch.tensor(powers[0])
+            values["beta2_power"] = torch.tensor(powers[1])
+            for kind in KINDS[1:] if moments else ():
+                values[kind.removesuffix(".")] = moments[kind + name]
         self.optimizer.load_state_dict(state)
         state = self.schedule.state_dict()
         state["last_epoch"] = count
@@ -165,9 +156,8 @@ class CerebrasEngine(Engine):
             self.schedule.update_last_value()
 
     def run(self, data: TrainData, start: int, stop: int, progress: Report) -> Iterator[StepStats]:
-        if not self.backend.is_e2e_execution:
-            yield from self._execute(data, start, start + 1)
-            return
+        if not self.backend.is_e2e_execution:  # one step has the whole graph
+            stop = start + 1
         every = self.config.eval_steps
         while start < stop:
             end = min(stop, (start // every + 1) * every)
@@ -176,22 +166,28 @@ class CerebrasEngine(Engine):
 
     def _execute(self, data: TrainData, start: int, end: int) -> Iterator[StepStats]:
         """Runs steps start to end in one execution of the appliance."""
-        config, arrived, began = self.config, [], time.perf_counter()
-        due = [
-            step
-            for step in range(start + 1, end + 1)
-            if step % config.checkpoint_steps == 0 or step == config.num_steps
-        ]
+        config = self.config
+        arrived = []
+        began = time.perf_counter()
+        steps = range(start + 1, end + 1)
+        due = [s for s in steps if s % config.checkpoint_steps == 0 or s == config.num_steps]
 
         @cstorch.step_closure
         def absorb(loss: Tensor, norm: Tensor, step: int) -> None:
-            rate, seconds = learning_rate(config, self.optimizer_steps + 1), time.perf_counter()
             self.tokens += config.batch_size * config.sequence_length
-            figures = (loss.item(), norm.item(), rate, seconds - began, self.tokens)
-            applied = bool(np.isfinite(figures[:2]).all())
-            self.optimizer_steps += applied
-            offsets = data.offsets(step - 1)
-            arrived.append(StepStats(step, *figures, offsets, applied, step in due))
+            stats = StepStats(
+                step=step,
+                loss=loss.item(),
+                grad_norm=norm.item(),
+                learning_rate=learning_rate(config, self.optimizer_steps + 1),
+                seconds=time.perf_counter() - began,
+                tokens=self.tokens,
+                offsets=data.offsets(step - 1),
+                applied=bool(np.isfinite(loss.item() + norm.item())),
+                can_save=step in due,
+            )
+            self.optimizer_steps += stats.applied
+            arrived.append(stats)
 
         @cstorch.checkpoint_closure
         def save(step: int) -> None:
@@ -211,12 +207,11 @@ class CerebrasEngine(Engine):
             raise write_error(self.saved, reason[1])
 
         schedule = cstorch.utils.data.utils.Schedule
+        saving = [schedule.Range(step - start - 1, step - start, 1, False) for step in due]
         executor = cstorch.utils.data.DataExecutor(
             self._loader(data.get, range(start, end)),
             num_steps=end - start,
-            checkpoint_steps=schedule(
-                [schedule.Range(step - start - 1, step - start, 1, False) for step in due]
-            ),
+            checkpoint_steps=schedule(saving),
         )
         self.model.train()
         trace = cstorch.trace(self._step)
@@ -290,17 +285,17 @@ class CerebrasEngine(Engine):
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         with cstorch.storage.serializers.cache_deferred_tensors(False):
-            self.loaded = cstorch.load(self.saved)
+            saved = cstorch.load(self.saved)
+        self.loaded = dict(saved["model"])
+        for name, number in self._numbers().items():
+            for kind in KINDS[1:]:
+                moments = saved["optimizer"]["state"][number]
+                self.loaded[kind + name] = moments[kind.removesuffix(".")]
         yield from super().state()
         self.saved.unlink()
 
     def get(self, layer: str, kind: str) -> dict[str, Tensor]:
-        if kind == "":
-            tensors = {name: self.loaded["model"][name] for name in self.layers[layer]}
-        else:
-            numbers, moments = self._numbers(), self.loaded["optimizer"]["state"]
-            tensors = {n: moments[numbers[n]][kind.removesuffix(".")] for n in self.layers[layer]}
-        return {name: read_deferred(tensor) for name, tensor in tensors.items()}
+        return {name: read_deferred(self.loaded[kind + name]) for name in self.layers[layer]}
 
     def close(self) -> None:
         self.model = self.compiled = self.optimizer = None
@@ -322,8 +317,9 @@ def open_backend(config: Configuration, folder: Path) -> cstorch.backend:
         return cstorch.backend("CPU", artifact_dir=str(folder))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # it starts the compiler that was installed beside this Python by its bare name
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    cluster, csx = config.cluster, cstorch.backends.csx
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cluster = config.cluster
+    csx = cstorch.backends.csx
     try:
         cluster_config = make_cluster_config(config)
         csx.performance.micro_batch_size = config.micro_batch_size or "auto"
@@ -351,11 +347,9 @@ def make_cluster_config(config: Configuration) -> cstorch.distributed.ClusterCon
         try:
             _ = get_cs_cluster_config()[1].mgmt_address
         except ClusterConfigError as error:
-            raise UserError(
-                f"cluster.mgmt_address: {error}; name the cluster's management with "
-                f"--cluster.mgmt_address HOST:PORT, or lower the step without one: "
-                f"--cluster.validate_only true"
-            ) from None
+            name_it = "name the cluster's management with --cluster.mgmt_address HOST:PORT"
+            without = "or lower the step without one: --cluster.validate_only true"
+            raise UserError(f"cluster.mgmt_address: {error}; {name_it}, {without}") from None
     known = {field.name for field in fields(cstorch.distributed.ClusterConfig)}
     keys = {k: v for k, v in asdict(cluster).items() if k in known and v is not None}
     keys["python_paths"] = [*(cluster.python_paths or []), str(PROGRAM)]
@@ -381,16 +375,6 @@ def read_sequences(data: EvalData, count: int, step: int) -> Batch:
     return data.get(step * count, count)
 
 
-class Steps(torch.utils.data.Dataset):
-    """Batches by step, as a data loader of PyTorch asks for them."""
-
-    def __init__(self, get: Callable[[int], Batch]):
-        self.get = get
-
-    def __getitem__(self, step: int) -> Batch:
-        return self.get(step)
-
-
 def read_batches(
     get: Callable[[int], Batch], steps: range, batch_size: int, dtype: torch.dtype
 ) -> torch.utils.data.DataLoader:
@@ -398,35 +382,27 @@ def read_batches(
     workers of a system take steps in turn, and each system a part of the rows. A batch is padded to
     batch_size with targets that do not count."""
     distributed = cstorch.distributed
-    rows, mine = slice(0, batch_size), steps
+    rows = slice(0, batch_size)
     if distributed.is_streamer():
         workers = distributed.service_resolver().cluster_spec
-        me, of_system = workers.task(), {task.wse_id: task.rank for task in workers.tasks}
+        me = workers.task()
+        of_system = {task.wse_id: task.rank for task in workers.tasks}
         sizes = [
             distributed.get_streaming_batch_size(batch_size, of_system[system])
             for system in range(me.wse_id + 1)
         ]
         rows = slice(sum(sizes[:-1]), sum(sizes))
         # the package wants at least one
-        mine = steps[me.local_rank :: workers.num_workers_per_csx] or steps[-1:]
+        steps = steps[me.local_rank :: workers.num_workers_per_csx] or steps[-1:]
 
-    def convert(batch: Batch) -> tuple[Tensor, Tensor]:
+    def read(step: int) -> tuple[Tensor, Tensor]:
+        batch = get(step)
         missing = ((0, batch_size - len(batch.ids)), (0, 0))
         ids = np.pad(batch.ids, missing)
         targets = np.pad(batch.targets, missing, constant_values=IGNORE)
         return tuple(torch.from_numpy(array[rows]).to(dtype) for array in (ids, targets))
 
-    return torch.utils.data.DataLoader(Steps(get), None, sampler=mine, collate_fn=convert)
-
-
-def beta_power(beta: float, count: int) -> np.float32:
-    """beta to the power of count, multiplied up in fp32 as the package's AdamW does."""
-    power = beta = np.float32(beta)
-    for _ in range(count - 1):
-        before, power = power, power * beta
-        if power == before:  # the smallest number there is stays
-            break
-    return power
+    return torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=read)
 
 
 def read_deferred(tensor: Tensor) -> Tensor:

@@ -16,18 +16,15 @@ from common.console import UserError, one_line, short
 from common.files import replacing
 from configuration import KEYS, SECTIONS, Cluster, Configuration, make_configuration
 
-# Names of nanoGPT's configuration, and ours
+# Names of nanoGPT's configuration that are unlike ours, and ours
 OTHER_NAMES = {
     "n_layer": "depth",
-    "n_head": "heads",
     "n_embd": "width",
     "block_size": "sequence_length",
     "device": "backend",
     "dtype": "precision",
     "lr": "learning_rate",
     "max_iters": "num_steps",
-    "warmup_iters": "warmup_steps",
-    "lr_decay_iters": "decay_steps",
     "grad_clip": "max_gradient_norm",
     "gradient_accumulation_steps": "micro_batch_size",
     "eval_interval": "eval_steps",
@@ -45,8 +42,8 @@ def parse_configuration(
     that a command uses.
 
     Returns the configuration, and the values of `extra_options`, which have a type and a help text:
-    None where they are not given, or False for a bool, which takes no value. Raises UserError for
-    an unknown key (with the nearest known one) or a value that is not valid.
+    None where they are not given; a bool takes no value. Raises UserError for an unknown key (with
+    the nearest known one) or a value that is not valid.
     """
     arguments = sys.argv[1:]
     parser = _make_parser(description, shown, extra_options)
@@ -61,23 +58,14 @@ def parse_configuration(
         raise UserError(f"{short(unknown[0])} is neither a key nor the value of one")
     options = vars(namespace)
     values = read_yaml(options.pop("CONFIG"))
-    extra = {}
-    for name, (kind, _) in extra_options.items():
-        extra[name] = options.pop(name, False if kind is bool else None)
+    extra = {name: options.pop(name, None) for name in extra_options}
     for key, text in options.items():
-        _put(values, key, _read_value(key, text))
+        section = values["cluster"] if key.startswith("cluster.") else values
+        section[key.removeprefix("cluster.")] = _read_value(key, text)
     return make_configuration(values), extra
 
 
-def _put(values: dict, key: str, value: object) -> None:
-    """Puts the value of a key, or of `cluster.KEY` into that section."""
-    section = values["cluster"] if key.startswith("cluster.") else values
-    section[key.removeprefix("cluster.")] = value
-
-
-def _make_parser(
-    description: str, shown: tuple, extra_options: dict[str, tuple[type, str]]
-) -> ArgumentParser:
+def _make_parser(description: str, shown: tuple, extra_options: dict) -> ArgumentParser:
     parser = ArgumentParser(
         description=description,
         usage="%(prog)s CONFIG [--key value ...]",
@@ -109,8 +97,9 @@ def _choices(kind: object) -> list[str]:
     """The words that a key can be, if it is one of a few."""
     if kind is bool:
         return ["true", "false"]
-    parts = get_args(kind)
-    return [c for part in parts for c in ([part] if isinstance(part, str) else _choices(part))]
+    if isinstance(kind, str):
+        return [kind]
+    return [choice for part in get_args(kind) for choice in _choices(part)]
 
 
 def _read_value(key: str, text: str) -> object:
@@ -168,24 +157,23 @@ def read_yaml(path: str | Path) -> dict:
         raise UserError(f"{path} is not a configuration: {one_line(error)[:500]}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a configuration: it has no `key: value` lines")
-    cluster = values.setdefault("cluster", None) or {}
+    cluster = values.pop("cluster", None) or {}
     if not isinstance(cluster, dict):
         raise UserError(f"{path}: cluster is a section, with lines such as `  job_priority: p1`")
-    values["cluster"] = cluster
-    flat = [key for key in values if key != "cluster"]
-    check_keys([*flat, *(f"cluster.{key}" for key in cluster)], f"{path}: ")
-    for key in flat:
-        if key.removeprefix("cluster.") in cluster:
+    check_keys([*values, *(f"cluster.{key}" for key in cluster)], f"{path}: ")
+    for key in [key for key in values if key.startswith("cluster.")]:
+        name = key.removeprefix("cluster.")
+        if name in cluster:
             raise UserError(f"{path} is not a configuration: the key {key!r} is there twice")
-        _put(values, key, values.pop(key))
-    return values
+        cluster[name] = values.pop(key)
+    return values | {"cluster": cluster}
 
 
 def write_configuration(config: Configuration, resolved: Configuration, path: Path) -> None:
     """Writes the configuration as it was given, so that it can be used again on another machine or
     on more systems; what was chosen for this one is added as comments."""
-    given, chosen = asdict(config), asdict(resolved)
-    chosen = {key: value for key, value in chosen.items() if value != given[key]}
+    given = asdict(config)
+    chosen = {key: value for key, value in asdict(resolved).items() if value != given[key]}
     comments = "".join(f"# chosen here: {line}\n" for line in yaml.safe_dump(chosen).splitlines())
     with replacing(path) as writing:
         writing.write_text(comments + yaml.safe_dump(given, sort_keys=False), encoding="utf-8")

@@ -82,16 +82,14 @@ def joined(config: Configuration, training: bool = True) -> Iterator[Group]:
     """Yields the group of this process; the parent of started processes exits with their status."""
     if starts_processes(config):
         sys.exit(launch(config, training))
-    launched = "RANK" in os.environ
-    size = int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
     rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if size != _processes(config):
         if rank > 0:  # rank 0 reports it
             sys.exit(1)
-        raise UserError(
-            f"num_systems: {config.num_systems}, but the launcher started {size} processes "
-            f"(WORLD_SIZE); have it start {_processes(config)}"
-        )
+        wrong = f"but the launcher started {size} processes (WORLD_SIZE)"
+        remedy = f"have it start {_processes(config)}"
+        raise UserError(f"num_systems: {config.num_systems}, {wrong}; {remedy}")
     if size == 1 and config.engine != "sharded":
         yield Group()
         return
@@ -119,28 +117,21 @@ def joined(config: Configuration, training: bool = True) -> Iterator[Group]:
 def _connect(config: Configuration, rank: int, size: int) -> Group:
     environment = os.environ
     gpu = config.backend != "CPU" and find_gpu()[0]
-    options = (
-        {} if "RANK" in environment else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    )
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    store = None if "RANK" in environment else dist.HashStore()  # None: at MASTER_ADDR
+    host = socket.gethostname()
     try:
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        dist.init_process_group(backend, timeout=LONG, **options)
-        group = Group(
-            rank,
-            size,
-            restarted=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0,
-            long=dist.new_group(backend="gloo", timeout=LONG),
-            short=dist.new_group(backend="gloo", timeout=SHORT),
-        )
-        host = socket.gethostname()
+        dist.init_process_group(backend, timeout=LONG, store=store, rank=rank, world_size=size)
+        group = Group(rank, size)
+        group.long = dist.new_group(backend="gloo", timeout=LONG)
+        group.short = dist.new_group(backend="gloo", timeout=SHORT)
         here = group.gather(host).count(host)
     except (RuntimeError, ValueError) as error:
         address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
-        raise UserError(
-            f"no connection to the other processes at {address} (MASTER_ADDR and MASTER_PORT): "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+        wrong = f"no connection to the other processes at {address} (MASTER_ADDR and MASTER_PORT)"
+        raise UserError(f"{wrong}: {str(error).splitlines()[0]}") from None
     group.local_size = int(environment.get("LOCAL_WORLD_SIZE", here))
+    group.restarted = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return group
 
 
@@ -149,10 +140,8 @@ def _check_same_configuration(config: Configuration, group: Group) -> None:
     first = group.gather(mine)[0]
     for key, value in mine.items():
         if value != first[key]:
-            raise UserError(
-                f"{key} is {value} on {socket.gethostname()}, and {first[key]} on rank 0: give "
-                f"every process the same configuration"
-            )
+            wrong = f"{key} is {value} on {socket.gethostname()}, and {first[key]} on rank 0"
+            raise UserError(f"{wrong}: give every process the same configuration")
 
 
 def _report(error: Exception, rank: int) -> int:
@@ -160,24 +149,23 @@ def _report(error: Exception, rank: int) -> int:
     from another process's error, which our parent reports if that process could not."""
     sys.stderr = sys.__stderr__
     where = f"rank {rank}: " if rank > 0 else ""
-    reason = explain(error)
-    status = BY_USER
-    if _is_lost(error):
-        reason = f"the connection to another process was lost: {one_line(error)}"
-        status = LOST
-    elif reason is None:
-        sys.excepthook(type(error), error, error.__traceback__)
-        reason = f"rank {rank} failed"
-        where = ""
-        status = FAILED
     started_here = os.environ.get(PARENT) == str(os.getppid())
+    if _is_lost(error):
+        status = LOST
+        message = f"{where}the connection to another process was lost: {one_line(error)}"
+    elif reason := explain(error):
+        status = BY_USER
+        message = where + reason
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = FAILED
+        message = f"rank {rank} failed"
     if status != LOST or not started_here:
-        print(f"error: {where}{reason}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return status if started_here else 1
 
 
 def _is_lost(error: Exception) -> bool:
     """Returns whether it says that another process does not answer."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-    )
+    from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return from_gloo or isinstance(error, dist.DistError)

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,29 +19,17 @@ from planner.costs import Plan, flops_per_token, headline
 from planner.machine import peak_resident
 from runtime.tracking import Tracker
 
+Sums = list[tuple[float, int]]  # of each source: of the losses of its tokens, and their number
 OF_A_STEP = ("step", "loss", "learning_rate", "grad_norm", "seconds", "tokens")
 
 
 class NoMetrics:
     """Records nothing: the metrics of every rank but the first."""
 
-    def log_step(self, stats: StepStats) -> None:
-        pass
+    def log_step(self, *record: object) -> None:
+        """Drops a record, as each of these does."""
 
-    def report_progress(self, fraction: float) -> None:
-        pass
-
-    def log_evaluation(self, step: int, val_loss: float, each: dict[str, float]) -> None:
-        pass
-
-    def log_samples(self, step: int, samples: list[str]) -> None:
-        pass
-
-    def draw(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    report_progress = log_evaluation = log_samples = draw = close = log_step
 
 
 class Metrics:
@@ -91,7 +80,7 @@ class Metrics:
         values |= {"tokens_per_second": rate, "mfu": mfu, "memory": memory}
         self.tracker.log(stats.step, values)
         skipped = {} if stats.applied else {"sequences": stats.offsets.tolist()}
-        self._write_line(_finite(values) | skipped)
+        self._write(finite(values) | skipped)
         self._show(stats, values)
 
     def _show(self, stats: StepStats, values: dict[str, float]) -> None:
@@ -111,10 +100,9 @@ class Metrics:
         parts += [f"peak {memory}", left]
         if not stats.applied:
             parts.append(_skipped(stats))
-        due = stats.step % self.config.log_steps == 0
-        if not stats.applied or (
-            self.bar.disable and (due or stats.step in (self.start + 1, self.stop))
-        ):
+        first_or_last = stats.step in (self.start + 1, self.stop)
+        due = first_or_last or stats.step % self.config.log_steps == 0
+        if not stats.applied or (self.bar.disable and due):
             log(" | ".join(parts))
 
     def report_progress(self, fraction: float) -> None:
@@ -132,7 +120,8 @@ class Metrics:
         `fraction` of the current step is done."""
         done = self.done - self.start + fraction
         seconds = time.monotonic() - self.began
-        return format_time(seconds / done * (self.stop - self.start - done))
+        left = seconds / done * (self.stop - self.start - done)
+        return str(timedelta(seconds=int(left)))
 
     def log_evaluation(self, step: int, val_loss: float, each: dict[str, float]) -> None:
         """Records an evaluation after `step`, of `each` source where there are several, and draws
@@ -140,7 +129,7 @@ class Metrics:
         values = {"step": step, "val_loss": val_loss}
         values |= {f"val_loss/{name}": loss for name, loss in each.items()}
         self.tracker.log(step, values)
-        self._write_line(_finite(values))
+        self._write(finite(values))
         parts = [f"step {step}/{self.stop}", f"val_loss {val_loss:.4f}"]
         parts.append(f"perplexity {perplexity(val_loss):.2f}")
         parts += [f"{name} {loss:.4f}" for name, loss in each.items()]
@@ -151,18 +140,15 @@ class Metrics:
         """Records texts that the model wrote after `step`."""
         if not samples:
             return
-        self.tracker.log_samples(step, samples)
-        self._write_line({"step": step, "samples": samples})
+        self.tracker.log(step, {}, samples)
+        self._write({"step": step, "samples": samples})
         for prompt, text in zip(self.config.sample_prompts, samples, strict=True):
             written = text.removeprefix(prompt)
             log(f"step {step}/{self.stop} | after {json.dumps(prompt)} | {written}")
 
-    def _write_line(self, record: dict) -> None:
-        self.unwritten += _line(record).encode()
-        self._write()
-
-    def _write(self) -> None:
-        """Writes the pending lines; what can't be written is kept and tried again with the next."""
+    def _write(self, *records: dict) -> None:
+        """Writes records; what can't be written is kept and tried again with the next."""
+        self.unwritten += "".join(map(_line, records)).encode()
         before = len(self.unwritten.splitlines())
         try:
             while self.unwritten:
@@ -185,11 +171,6 @@ class Metrics:
         axes.plot(steps, _smoothed(losses), color="tab:blue", label="loss, smoothed")
         steps, losses = _points(records, "val_loss")
         axes.plot(steps, losses, color="tab:orange", marker="o", label="val_loss")
-        if steps:
-            text = f"{losses[-1]:.3f}"
-            axes.annotate(
-                text, (steps[-1], losses[-1]), (0, 8), textcoords="offset points", ha="right"
-            )
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         # $ is an ordinary character there
         axes.set_title(self._title(records), parse_math=False, fontsize="medium")
@@ -224,12 +205,12 @@ def _smoothed(losses: list[float]) -> list[float]:
     start at zero (Kingma and Ba 2015, 3)."""
     decay = 1 - 1 / max(1, len(losses) / 100)
     smoothed = []
-    total = 0.0
+    mean = 0.0
     weight = 0.0
     for loss in losses:
-        total = decay * total + loss
         weight = decay * weight + 1
-        smoothed.append(total / weight)
+        mean += (loss - mean) / weight
+        smoothed.append(mean)
     return smoothed
 
 
@@ -245,9 +226,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def mean_losses(
-    dataset: str | dict[str, float], sums: list[tuple[float, int]]
-) -> tuple[float, dict[str, float]]:
+def mean_losses(dataset: str | dict[str, float], sums: Sums) -> tuple[float, dict[str, float]]:
     """Returns the loss a token of all sources, and that of each where there are several, from the
     sums of their losses and the numbers of their tokens."""
     mean = sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums)
@@ -257,13 +236,13 @@ def mean_losses(
     return mean, {name: loss / n for name, (loss, n) in zip(names, sums, strict=True)}
 
 
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
+def finite(values: dict[str, float]) -> dict[str, float | None]:
     """Returns what JSON can hold: it has no NaN."""
     return {name: v if math.isfinite(v) else None for name, v in values.items()}
 
 
 def measures(
-    dataset: str | dict[str, float], sources: list[EvalData], sums: list[tuple[float, int]]
+    dataset: str | dict[str, float], sources: list[EvalData], sums: Sums
 ) -> dict[str, float]:
     """Return what eval.py prints of the sums of losses and numbers of tokens of these sources."""
     loss, each = mean_losses(dataset, sums)
@@ -286,7 +265,8 @@ def read_records(path: Path) -> Iterator[dict]:
 
 def _read_lines(path: Path) -> Iterator[dict | None]:
     """Yields the record of each line, None for a damaged one; drops an incomplete last line."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for line in lines:
         try:
             record = json.loads(line)
             checked_count(record["step"])
@@ -301,10 +281,3 @@ def memory_used() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return peak_resident()
-
-
-def format_time(seconds: float) -> str:
-    """Returns 3725 as '1:02:05', with days in front where there are any."""
-    days, rest = divmod(int(seconds), 86400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
-    return f"{days} d {clock}" if days else clock

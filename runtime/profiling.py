@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from common.console import log, optional, warn
 from common.files import replacing
@@ -17,23 +16,17 @@ def profiled(
 ) -> Iterator[StepStats]:
     """Yields the steps that follow `start`. Those that `config.profile` names are traced, into one
     file of each process in out_dir, which https://ui.perfetto.dev and chrome://tracing show."""
-    if config.profile is None:
-        yield from steps
-        return
-    first, last = map(int, config.profile.split(":"))
+    first, last = map(int, (config.profile or "0:0").split(":"))
     if first <= start:
-        warn(f"profile: {config.profile} begins with a step that is done; nothing is traced")
+        if config.profile is not None:
+            warn(f"profile: {config.profile} begins with a step that is done; nothing is traced")
         yield from steps
         return
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    trace = profile(activities=activities)
+    trace = profile()
     for step in range(start + 1, config.num_steps + 1):
         if step == first:
             trace.start()
-        if (stats := next(steps, None)) is None:
-            return
+        stats = next(steps)
         if step == last:
             trace.stop()
             path = Path(config.out_dir) / f"trace_{first}-{last}_rank{rank}.json"

@@ -71,10 +71,8 @@ class Start:
         val = open_val(config)
         self.check_tokenizer(train.tokens)
         if self.checkpoint is not None and self.checkpoint.train_digest != train.digest:
-            warn(
-                f"{train.tokens.path} is not what {self.checkpoint.path} was trained on; data "
-                f"order will differ"
-            )
+            changed = f"{train.tokens.path} is not what {self.checkpoint.path} was trained on"
+            warn(f"{changed}; data order will differ")
         check_same_data(group, [data.tokens for data in (*train.sources, *val)])
         return train, val, Samples(config, train.tokens)
 
@@ -109,10 +107,8 @@ def find_start(config: Configuration, group: Group) -> Start:
     start = open_weights(config, checkpoint)
     if checkpoint is not None:
         if start.finished and not group.restarted:
-            raise UserError(
-                f"{checkpoint.path} is at step {checkpoint.step} and num_steps is "
-                f"{config.num_steps}: nothing is left to train; raise --num_steps"
-            )
+            done = f"{checkpoint.path} is at step {start.step} and num_steps is {config.num_steps}"
+            raise UserError(f"{done}: nothing is left to train; raise --num_steps")
         warn_of_changes(start.config, checkpoint)
     return start
 
@@ -160,10 +156,9 @@ def _check_out_dir(out_dir: Path, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None and _is_in(checkpoint, out_dir):
         others = {step: path for step, path in others.items() if step > checkpoint.step}
     if others:
-        raise UserError(
-            f"{out_dir} already has {others[max(others)].name}; add --checkpoint_path latest to "
-            f"resume from it, use another --out_dir, or move it away"
-        )
+        resume = "add --checkpoint_path latest to resume from it"
+        wrong = f"{out_dir} already has {others[max(others)].name}"
+        raise UserError(f"{wrong}; {resume}, use another --out_dir, or move it away")
 
 
 def _is_in(checkpoint: Checkpoint, out_dir: Path) -> bool:
@@ -181,10 +176,8 @@ def with_model_of(checkpoint: Checkpoint, config: Configuration) -> Configuratio
         before = getattr(model, key)
         now = getattr(config, key)
         if now != before and key not in TRAINING_KEYS:
-            raise UserError(
-                f"{checkpoint.path} is of another model: its {key} is {before}, this "
-                f"configuration's {now}"
-            )
+            differing = f"its {key} is {before}, this configuration's {now}"
+            raise UserError(f"{checkpoint.path} is of another model: {differing}")
     return config
 
 
@@ -212,10 +205,8 @@ def check_tokenizer(checkpoint: Checkpoint, tokens: Tokens) -> None:
     theirs = tokens.meta.get("tokenizer_sha256")
     if theirs and checkpoint.files.get(TOKENIZER, {}).get("sha256", theirs) != theirs:
         name = short(tokens.meta.get("tokenizer")).strip("'")
-        raise UserError(
-            f"{tokens.path} was made with another tokenizer ({name}) than {checkpoint.path}; use "
-            f"the dataset that it was trained on"
-        )
+        wrong = f"{tokens.path} was made with another tokenizer ({name}) than {checkpoint.path}"
+        raise UserError(f"{wrong}; use the dataset that it was trained on")
 
 
 def diverged(step: int, config: Configuration) -> str:

@@ -3,7 +3,7 @@ configuration and the sample texts. They never end a training."""
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
@@ -30,17 +30,11 @@ class Tracker:
             with self._warning():
                 self.service = service(config, start)
 
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Passes on the figures of a step or an evaluation."""
+    def log(self, step: int, numbers: dict[str, float], samples: Sequence[str] = ()) -> None:
+        """Passes on the figures of a step or an evaluation, and texts that the model wrote."""
         if self.service is not None:
             with self._warning():
-                self.service.log(step, numbers)
-
-    def log_samples(self, step: int, samples: list[str]) -> None:
-        """Passes on texts that the model wrote after a step."""
-        if self.service is not None:
-            with self._warning():
-                self.service.log_samples(step, samples)
+                self.service.log(step, numbers, samples)
 
     def close(self) -> None:
         if self.service is not None:
@@ -67,11 +61,9 @@ class _TensorBoard:
         lines = (f"    {key}: {value}" for key, value in asdict(config).items())
         self.writer.add_text("configuration", "\n".join(lines), start)
 
-    def log(self, step: int, numbers: dict[str, float]) -> None:
+    def log(self, step: int, numbers: dict[str, float], samples: Sequence[str]) -> None:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
-
-    def log_samples(self, step: int, samples: list[str]) -> None:
         for number, sample in enumerate(samples):
             self.writer.add_text(f"sample_{number}", sample, step)
 
@@ -97,13 +89,12 @@ class _Service:
         project = os.environ.get(f"{config.tracker.upper()}_PROJECT", PROJECT)
         self.module.init(project=project, config=asdict(config), resume="allow", **options)
 
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        self.module.log(numbers, step=step)
-
-    def log_samples(self, step: int, samples: list[str]) -> None:
-        rows = [[step, sample] for sample in samples]
-        table = self.module.Table(columns=["step", "text"], data=rows)
-        self.module.log({"samples": table}, step=step)
+    def log(self, step: int, numbers: dict[str, float], samples: Sequence[str]) -> None:
+        values = dict(numbers)
+        if samples:
+            rows = [[step, sample] for sample in samples]
+            values["samples"] = self.module.Table(columns=["step", "text"], data=rows)
+        self.module.log(values, step=step)
 
     def close(self) -> None:
         self.module.finish()
