@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
-from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -22,14 +21,7 @@ from configuration import Configuration, make_configuration
 from model import GPT, GPTConfig
 from weights.checkpoint import Checkpoint
 from weights.families import FAMILIES, Family, family_of
-from weights.hub import (
-    begin_of_text,
-    end_of_text,
-    find_file,
-    open_tokenizer,
-    read_json,
-    reading,
-)
+from weights.hub import begin_of_text, end_of_text, find_file, open_tokenizer, read_json, reading
 
 WEIGHTS = "model.safetensors"  # the names transformers looks for
 INDEX = "model.safetensors.index.json"
@@ -47,8 +39,8 @@ def hugging_face_tensors(config: GPTConfig, read: Callable) -> Iterator[tuple[st
     """Yield (their name, tensor) of `read(our name)`, one of ours at a time."""
     family = family_of(config)
     with torch.device("meta"):
-        names = [name for name, _ in GPT(config).named_parameters()]
-    for name in names:
+        model = GPT(config)
+    for name, _ in model.named_parameters():
         yield from family.split(name, read(name), config)
 
 
@@ -56,44 +48,34 @@ def write_weights(folder: Path, config: GPTConfig, read: Callable, dtype: torch.
     """Write `read(our name)` as transformers does: into model.safetensors, or files of up to
     LARGEST_FILE bytes with their index. One tensor at a time is in memory."""
     with torch.device("meta"):
-        model = GPT(config)
-    parts = [{}]  # shapes by name, of each file
-    total = 0
-    room = LARGEST_FILE
-    for name, tensor in hugging_face_tensors(config, model.get_parameter):
-        size = tensor.numel() * dtype.itemsize
-        if parts[-1] and size > room:
-            parts.append({})
-            room = LARGEST_FILE
-        parts[-1][name] = list(tensor.shape)
-        total += size
-        room -= size
-    tensors = hugging_face_tensors(config, read)
-    tensors = iter(tqdm(tensors, unit="tensor", total=sum(map(len, parts)), disable=None))
-    weight_map = {}
-    for number, shapes in enumerate(parts, 1):
-        file = WEIGHTS
-        if len(parts) > 1:
-            file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        weight_map |= dict.fromkeys(shapes, file)
-        with open(folder / file, "wb") as opened:
-            opened.write(_header(shapes, dtype))
-            for _, tensor in islice(tensors, len(shapes)):
-                opened.write(tensor.to(dtype).view(torch.uint8).numpy())
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        model = GPT(config).to(dtype)
+    tensors = dict(hugging_face_tensors(config, model.get_parameter))
+    files = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=LARGEST_FILE,
+    )
+    for file, names in files.filename_to_tensors.items():
+        (folder / file).write_bytes(_header({name: tensors[name] for name in names}))
+    read_tensors = hugging_face_tensors(config, read)
+    for name, tensor in tqdm(read_tensors, unit="tensor", total=len(tensors), disable=None):
+        with open(folder / files.tensor_to_filename[name], "ab") as file:
+            file.write(tensor.to(dtype).view(torch.uint8).numpy())
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def _header(shapes: dict[str, list[int]], dtype: torch.dtype) -> bytes:
+def _header(tensors: dict[str, Tensor]) -> bytes:
     """Return the beginning of a safetensors file: its length, names, shapes and offsets."""
     header = {"__metadata__": {"format": "pt"}}
     end = 0
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-    for name, shape in shapes.items():
+    for name, tensor in tensors.items():
         begin = end
-        end += prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        end += tensor.nbytes
+        kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -197,14 +179,14 @@ def _read(places: dict, family: Family, name: str, rows: slice | None = None) ->
     end = sys.maxsize if rows is None else rows.stop
     parts = []
     for theirs in family.names(name):
-        file, key, shape = places[theirs]
-        count = shape[1] if family.is_transposed(name) else shape[0]
-        part = slice(max(0, min(begin, count)), max(0, min(end, count)))
-        begin -= count
-        end -= count
+        file, key, _ = places[theirs]
         with safe_open(file, "pt") as opened:
-            tensor = opened.get_slice(key)
-            parts.append(tensor[:, part].T if family.is_transposed(name) else tensor[part])
+            tensor = opened.get_tensor(key)  # read from the disk when it is used
+        if family.is_transposed(name):
+            tensor = tensor.T
+        parts.append(tensor[max(0, begin) : max(0, end)])
+        begin -= len(tensor)
+        end -= len(tensor)
     return torch.cat(parts).float()
 
 
@@ -341,10 +323,7 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig, device: str, dtype: to
     weights = {name: tensor.to(device, dtype) for name, tensor in tensors}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    for name, module in list(model.named_modules()):
-        made = any(buffer.is_meta for buffer in module.buffers(recurse=False))
-        if made and next(module.parameters(), None) is None:  # rotary frequencies
-            parent, _, attribute = name.rpartition(".")
-            rebuilt = type(module)(model.config).to(device)
-            setattr(model.get_submodule(parent), attribute, rebuilt)
+    if config.positions == "rotary":  # its frequencies are no weights
+        rotary = type(model.model.rotary_emb)
+        model.model.rotary_emb = rotary(model.config).to(device)
     return model
