@@ -15,15 +15,12 @@ class Family:
     """How a model of transformers spells what model.py has.
 
     title, model_type, architecture: its names. parts: the values of our keys that it can have.
-    keys: its keys by ours; all families have some by the same names. dropouts: its keys of our
-    dropout. modules: its modules by ours, several where ours holds their rows one after the other;
-    in a block after `blocks`. transposed: whether its linear layers hold the transpose of ours.
+    keys: its keys by ours, of which all families have these. dropouts: its keys of our dropout.
+    modules: its modules by ours, several where ours holds their rows one after the other; those of
+    a block follow `blocks` and its number, and all but the head follow `prefix`. transposed:
+    whether its linear layers hold the transpose of ours.
     """
 
-    title: str
-    model_type: str
-    architecture: str
-    parts: ClassVar[dict[str, list[str]]]
     keys: ClassVar = {
         "width": "hidden_size",
         "depth": "num_hidden_layers",
@@ -32,10 +29,6 @@ class Family:
         "max_position_embeddings": "max_position_embeddings",
         "tied_head": "tie_word_embeddings",
     }
-    dropouts: tuple[str, ...]
-    modules: ClassVar[dict[str, tuple[str, ...]]]
-    prefix: str
-    blocks: str
     transposed = False
 
     def from_hf(self, theirs, **more) -> dict[str, object]:
