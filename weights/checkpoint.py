@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.console import UserError, command, one_line, short, warn
-from common.files import checked_count, follow_umask, locked, read_sealed, sync, write_sealed
+from common.files import checked_count, locked, read_sealed, sync, write_sealed
 from configuration import MODEL_KEYS, make_configuration
 from model import GPT, GPTConfig
 
@@ -171,7 +171,7 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[str, di
     """Writes a file; returns its name, and its size and digest."""
     path = folder / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    follow_umask(path)
+    path.chmod(folder.stat().st_mode & 0o666)  # as other new files, where safetensors gives 0600
     tensors.clear()  # frees them before the next are made
     sync(path)
     return path.name, _describe(path)
@@ -274,10 +274,9 @@ class Checkpoint:
                 f"{self.path} was deleted while it was read, maybe by a run with keep_checkpoints; "
                 f"use --checkpoint_path latest"
             )
-        return UserError(  # names are as long as who wrote the manifest wants
-            f"{self.path} is damaged: {what[:500]}; copy it again, or move it away to use the one "
-            f"before"
-        )
+        cure = "copy it again, or move it away to use the one before"
+        # names are as long as who wrote the manifest wants
+        return UserError(f"{self.path} is damaged: {what[:500]}; {cure}")
 
     @contextmanager
     def _reading(self, file: str) -> Iterator[None]:
@@ -324,9 +323,8 @@ class Checkpoint:
                 for name in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(name)
                     shape = part.get_shape()
-                    rows = shape[:1]
                     entry = tensors.setdefault(name, {"shape": [0, *shape[1:]], "parts": []})
-                    if part.get_dtype() != "F32" or not rows or shape[1:] != entry["shape"][1:]:
+                    if part.get_dtype() != "F32" or not shape or shape[1:] != entry["shape"][1:]:
                         raise self._damaged(f"{name} is {part.get_dtype()} of {shape} in {file}")
                     entry["shape"][0] += shape[0]
                     entry["parts"].append((file, shape[0]))

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -47,13 +47,9 @@ def write_weights(folder: Path, config: GPTConfig, read: Callable, dtype: torch.
     LARGEST_FILE bytes with their index. One tensor at a time is in memory."""
     with torch.device("meta"):
         model = GPT(config).to(dtype)
-    tensors = dict(hugging_face_tensors(config, model.get_parameter))
-    files = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=LARGEST_FILE,
-    )
+    named = hugging_face_tensors(config, model.get_parameter)
+    tensors = {name: tensor.clone() for name, tensor in named}  # some share a storage
+    files = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST_FILE)
     for file, names in files.filename_to_tensors.items():
         (folder / file).write_bytes(_header({name: tensors[name] for name in names}))
     read_tensors = hugging_face_tensors(config, read)
@@ -272,16 +268,17 @@ def check_vocabulary(source: str, tokens: Tokens) -> None:
 
 def load_tokenizer(checkpoint: Checkpoint):
     """Return the transformers tokenizer of a checkpoint. Raises UserError where it carries none."""
-    if checkpoint.tokenizer is None:
-        raise UserError(f"{checkpoint.path} has no tokenizer.json: its dataset had none")
-    content = checkpoint.tokenizer.read_bytes()
+    content = checkpoint.tokenizer and checkpoint.tokenizer.read_bytes()
     return make_tokenizer(checkpoint.path, content, checkpoint.config.vocab_size)
 
 
-def make_tokenizer(folder: Path, content: bytes, vocab_size: int):
-    """Return the transformers tokenizer of a tokenizer.json that is in this folder."""
+def make_tokenizer(folder: Path, content: bytes | None, vocab_size: int):
+    """Return the transformers tokenizer of a tokenizer.json that is in this folder. Raises
+    UserError where there is none, or not one for a model of this vocab_size."""
     from transformers import PreTrainedTokenizerFast
 
+    if content is None:
+        raise UserError(f"prompts need a tokenizer.json, and {folder} has none")
     with reading(f"{folder}/tokenizer.json is not a tokenizer"):
         plain = open_tokenizer(content)
         ends = {"bos_token": begin_of_text(folder, plain), "eos_token": end_of_text(folder, plain)}
