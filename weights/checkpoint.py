@@ -286,7 +286,7 @@ class Checkpoint:
         except FileNotFoundError:
             raise self._damaged(f"{file} is missing") from None
         except OSError as error:
-            path = self.path / file
+            path = error.filename or self.path / file
             reason = error.strerror or error
             raise UserError(f"{path} can't be read ({reason}); try again") from None
         except DAMAGE as error:
