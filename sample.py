@@ -49,22 +49,18 @@ def sample(
         raise UserError(f"seed: {seed} is not from 0 to 2**63 - 1")
     tokenizer, generate = open_source(checkpoint_path, init_from, Path(out_dir))
     how = Sampling(temperature, top_k, top_p)
-    ids = None if prompt is None else encode(tokenizer, prompt)
     torch.manual_seed(seed)
-
-    def respond(ids: torch.Tensor) -> None:
-        for _ in range(num_samples):
-            written = generate(ids, max_new_tokens, how, tokenizer.eos_token_id)
-            print(decode(tokenizer, written[0]), flush=True)
-            if num_samples > 1:
-                print("-" * 16)
-
-    if ids is not None:
-        return respond(ids)
-    for line in read_prompts():
+    for text in read_prompts() if prompt is None else [prompt]:
         try:
-            respond(encode(tokenizer, line))
+            ids = encode(tokenizer, text)
+            for _ in range(num_samples):
+                written = generate(ids, max_new_tokens, how, tokenizer.eos_token_id)
+                print(decode(tokenizer, written[0]), flush=True)
+                if num_samples > 1:
+                    print("-" * 16)
         except UserError as error:
+            if prompt is not None:
+                raise
             warn(str(error))
 
 

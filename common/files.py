@@ -14,13 +14,6 @@ END = ',\n "sha256": "%s"\n}\n'
 SIZE = len(END % ("0" * 64))
 
 
-def follow_umask(path: Path) -> None:
-    """Gives a file the mode of a new one: safetensors creates its files with mode 0600."""
-    umask = os.umask(0o77)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which replaces `path` at the end; after an error `path` is unchanged.

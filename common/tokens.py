@@ -130,8 +130,7 @@ class Tokens:
         self.origin = (str(folder.absolute()), split, vocab_size)
         self.path = folder / f"{split}.bin"
         self.cure = _cure(folder)
-        names = ("meta.json", "tokenizer.json")
-        for path in (*find_shards(folder, split), *(folder / name for name in names)):
+        for path in (*find_shards(folder, split), folder / "meta.json", folder / "tokenizer.json"):
             if path.exists() and not path.is_file():  # opening a pipe would wait forever
                 raise UserError(f"{path} is not a file; {self.cure}")
         try:

@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import HfApi, get_token
 
 from common.console import UserError
 from runtime.metrics import perplexity, read_records
@@ -13,7 +13,10 @@ from weights.checkpoint import Checkpoint
 from weights.hub import reading
 
 CARD = """---
-{metadata}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gigagpt
 ---
 
 # {name}
@@ -42,9 +45,6 @@ def write_card(checkpoint: Checkpoint, folder: Path, name: str, family: str, dty
     """Writes README.md: what the model is, its data, the tokens it has seen, its losses and its
     configuration. `name` is that of the folder or of the hub's repository."""
     config = checkpoint.config
-    metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["gigagpt"]
-    )
     table = {
         "layers, width, heads": f"{config.depth}, {config.width}, {config.heads}",
         "vocabulary, positions": f"{config.vocab_size:,}, {config.max_position_embeddings:,}",
@@ -60,14 +60,13 @@ def write_card(checkpoint: Checkpoint, folder: Path, name: str, family: str, dty
             loss = record["val_loss"]
             table["validation loss"] = f"{loss:.4f} nats a token, perplexity {perplexity(loss):.2f}"
     text = CARD.format(
-        metadata=metadata.to_yaml(),
         name=name,
         family=family,
         parameters=sum(prod(checkpoint.tensors[name]["shape"]) for name in checkpoint.weights),
         table="\n".join(f"| {key} | {value} |" for key, value in table.items()),
         configuration=yaml.safe_dump(asdict(config), sort_keys=False),
     )
-    ModelCard(text).save(folder / "README.md")
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def check_token() -> None:

@@ -4,11 +4,10 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.console import UserError, warn
 from model import GPT
@@ -17,13 +16,7 @@ from runtime.samples import Sampling, draw
 from weights.checkpoint import Checkpoint, open_newest
 from weights.families import family_of
 from weights.hub import find_file, open_tokenizer, read_json, reading
-from weights.huggingface import (
-    check_same,
-    load_model,
-    load_tokenizer,
-    read_config,
-    weight_files,
-)
+from weights.huggingface import check_same, load_model, load_tokenizer, read_config, weight_files
 
 
 def open_source(checkpoint_path: str | None, init_from: str | None, out_dir: Path) -> tuple:
@@ -54,8 +47,7 @@ def open_released(source: str) -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         with torch.device("meta"):
             blank = AutoModelForCausalLM.from_config(**safe)
-        sizes = [tensor.numel() for tensor in (*blank.parameters(), *blank.buffers())]
-        device, dtype = choose_memory("it", sizes)
+        device, dtype = choose_memory("it", blank)
         safe |= {"use_safetensors": True, "generation_config": GenerationConfig()}
         how = {"dtype": dtype, "output_loading_info": True}
         model, report = AutoModelForCausalLM.from_pretrained(source, **safe, **how)
@@ -67,16 +59,15 @@ def open_released(source: str) -> tuple:
 def open_model(checkpoint: Checkpoint) -> Callable[..., Tensor]:
     """Return what writes texts with a checkpoint: see `open_source`."""
     config = checkpoint.check_model()
-    sizes = [prod(checkpoint.tensors[name]["shape"]) for name in checkpoint.weights]
-    device, dtype = choose_memory(str(checkpoint.path), sizes)
+    with torch.device("meta"):
+        model = GPT(config).eval()
+    device, dtype = choose_memory(str(checkpoint.path), model)
     try:
         check_same(config, family_of(config).theirs(config))
     except UserError as error:
         warn(f"{error}; generating with model.py, which is slower")
     else:
         return partial(generate, load_model(checkpoint, config, device, dtype))
-    with torch.device("meta"):
-        model = GPT(config).eval()
     weights = {name: checkpoint.read(name).to(device, dtype) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return partial(generate_plain, model)
@@ -85,7 +76,8 @@ def open_model(checkpoint: Checkpoint) -> Callable[..., Tensor]:
 def generate(model, ids: Tensor, max_new_tokens: int, how: Sampling, end: int | None) -> Tensor:
     """Continue ids with transformers' model. At the last of its positions it resumes from the
     second half of the text."""
-    limit, ids = model.config.max_position_embeddings, ids.to(model.device)
+    limit = model.config.max_position_embeddings
+    ids = ids.to(model.device)
     length = ids.shape[1] + max_new_tokens
     options = {"pad_token_id": 0, "eos_token_id": end, "do_sample": how.temperature > 0}
     if how.temperature > 0:
@@ -115,14 +107,18 @@ def generate_plain(
     return ids
 
 
-def choose_memory(what: str, sizes: list[int]) -> tuple[str, torch.dtype]:
-    """The device that a model with tensors of these sizes is to be held on, a GPU if there is one,
-    and its dtype: on a CPU fp32, or bf16 where that does not fit. UserError where it does not."""
-    device, dtypes, has = "cpu", [torch.float32, torch.bfloat16], free_memory()
+def choose_memory(what: str, model: nn.Module) -> tuple[str, torch.dtype]:
+    """Return the device that a model is to be held on, a GPU if there is one, and its dtype: on a
+    CPU fp32, or bf16 where that does not fit. Raises UserError where it does not."""
+    device = "cpu"
+    dtypes = [torch.float32, torch.bfloat16]
+    has = free_memory()
     if torch.cuda.is_available():
+        device = "cuda"
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        device, dtypes = "cuda", [torch.bfloat16 if bf16 else torch.float32]
+        dtypes = [torch.bfloat16 if bf16 else torch.float32]
         has = torch.cuda.mem_get_info()[0]
+    sizes = [tensor.numel() for tensor in (*model.parameters(), *model.buffers())]
     for dtype in dtypes:
         needs = sum(sizes) * dtype.itemsize + 2 * 4 * max(sizes, default=0)  # one on its way, twice
         if needs <= has:
@@ -134,7 +130,7 @@ def choose_memory(what: str, sizes: list[int]) -> tuple[str, torch.dtype]:
 
 
 def free_memory() -> int:
-    """Bytes of host memory that this machine has left, if it tells; or all that it has."""
+    """Return the bytes of host memory that this machine has left, if it tells; or all it has."""
     path = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: +(\d+) kB", path.read_text()) if path.exists() else None
     return min(host_memory(), 1024 * int(found[1])) if found else host_memory()

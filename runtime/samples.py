@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.console import UserError
 from common.tokens import Tokens
 from configuration import Configuration
 from engines.base import Engine
@@ -44,8 +43,6 @@ class Samples:
             from weights.huggingface import encode, make_tokenizer  # transformers is slow to import
 
             folder = tokens.path.parent
-            if tokens.tokenizer is None:
-                raise UserError(f"sample_prompts need a tokenizer.json, and {folder} has none")
             self.tokenizer = make_tokenizer(folder, tokens.tokenizer, config.vocab_size)
             self.prompts = [encode(self.tokenizer, text)[0] for text in config.sample_prompts]
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.console import UserError, command, one_line, short, warn
-from common.files import checked_count, follow_umask, locked, read_sealed, sync, write_sealed
+from common.files import checked_count, locked, read_sealed, sync, write_sealed
 from configuration import MODEL_KEYS, make_configuration
 from model import GPT, GPTConfig
 
@@ -45,6 +45,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 UNFINISHED = (".writing", ".deleting")
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, SafetensorError)
 KINDS = ("", "exp_avg.", "exp_avg_sq.")  # prefixes of the names of weights and of Adam's moments
 
 
@@ -104,7 +105,9 @@ def lock_out_dir(out_dir: Path, group) -> Iterator[None]:
                 ) from None
             path.write_text(f"{os.getpid()} {uuid.uuid4()}")
             sync(path)  # for the other processes
-            remove_unfinished(out_dir)
+            for suffix in UNFINISHED:
+                for unfinished in out_dir.glob(f"checkpoint_*.mdl{suffix}"):
+                    shutil.rmtree(unfinished)
         group.barrier()
         owners = group.gather(path.read_text() if path.is_file() else None)
         for rank, owner in enumerate(owners):
@@ -114,13 +117,6 @@ def lock_out_dir(out_dir: Path, group) -> Iterator[None]:
                     f"name; use one that all share"
                 )
         yield
-
-
-def remove_unfinished(out_dir: Path) -> None:
-    """Removes what a killed run left half-written or half-deleted."""
-    for suffix in UNFINISHED:
-        for path in out_dir.glob(f"checkpoint_*.mdl{suffix}"):
-            shutil.rmtree(path)
 
 
 def save(
@@ -175,7 +171,7 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[str, di
     """Writes a file; returns its name, and its size and digest."""
     path = folder / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    follow_umask(path)
+    path.chmod(folder.stat().st_mode & 0o666)  # as other new files, where safetensors gives 0600
     tensors.clear()  # frees them before the next are made
     sync(path)
     return path.name, _describe(path)
@@ -238,12 +234,8 @@ class Checkpoint:
             if step_of(self.path) is not None:
                 raise self._damaged(f"{MANIFEST} is missing")
             raise UserError(f"{self.path} is not a checkpoint, nor the out_dir of a run with one")
-        try:
+        with self._reading(MANIFEST):
             self._read_manifest(read_sealed(self.path / MANIFEST))
-        except OSError as error:
-            raise self._unreadable(error) from None
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            raise self._damaged(f"{MANIFEST}: {one_line(error)}") from None
         if step_of(self.path) not in (None, self.step):
             raise self._damaged(f"it is from step {self.step}, and was renamed")
         self._verified: set[str] = set()
@@ -264,9 +256,10 @@ class Checkpoint:
             self.config = make_configuration(manifest["config"])
         except UserError as error:
             raise self._damaged(f"{MANIFEST}: {error}") from None
-        self.files = dict(manifest["files"])
-        for name, entry in self.files.items():
-            self._check_file(name, checked_count(entry["bytes"]), entry["sha256"])
+        self.files = {}
+        for name, entry in manifest["files"].items():
+            self._check_file(name, checked_count(entry["bytes"]))
+            self.files[name] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
 
     def verify(self, rank: int, size: int) -> None:
         """Checks every size-th file from the rank-th on, so that all processes together check all
@@ -281,21 +274,26 @@ class Checkpoint:
                 f"{self.path} was deleted while it was read, maybe by a run with keep_checkpoints; "
                 f"use --checkpoint_path latest"
             )
-        what = what[:500]  # names are as long as who wrote the manifest wants
         cure = "copy it again, or move it away to use the one before"
-        return UserError(f"{self.path} is damaged: {what}; {cure}")
+        # names are as long as who wrote the manifest wants
+        return UserError(f"{self.path} is damaged: {what[:500]}; {cure}")
 
-    def _unreadable(self, error: OSError) -> UserError:
-        """Returns the error for a file that could not be read, which may still be undamaged."""
-        if isinstance(error, FileNotFoundError):
-            return self._damaged(f"{Path(error.filename or '').name} is missing")
-        file = error.filename or self.path
-        return UserError(f"{file} can't be read ({error.strerror or error}); try again")
+    @contextmanager
+    def _reading(self, file: str) -> Iterator[None]:
+        """Turns errors in a file into UserErrors. What can't be read may still be undamaged."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise self._damaged(f"{file} is missing") from None
+        except OSError as error:
+            path = error.filename or self.path / file
+            reason = error.strerror or error
+            raise UserError(f"{path} can't be read ({reason}); try again") from None
+        except DAMAGE as error:
+            raise self._damaged(f"{file}: {one_line(error)}") from None
 
-    def _check_file(self, name: str, size: int, sha256: str) -> None:
+    def _check_file(self, name: str, size: int) -> None:
         file = self.path / name
-        if not isinstance(sha256, str):
-            raise self._damaged(f"{name} has no checksum")
         if Path(name).name != name or name == ".." or file.is_symlink():
             raise self._damaged(f"file name {short(name)} is not in the folder")
         if not file.is_file():
@@ -304,10 +302,11 @@ class Checkpoint:
             raise self._damaged(f"{name} has {file.stat().st_size:,} bytes, not {size:,}")
 
     def _verify(self, name: str) -> None:
-        try:
+        """Compares a file with its checksum, once."""
+        if name in self._verified:
+            return
+        with self._reading(name):
             found = _describe(self.path / name)["sha256"]
-        except OSError as error:
-            raise self._unreadable(error) from None
         if found != self.files[name]["sha256"]:
             raise self._damaged(f"{name} was changed (its checksum differs)")
         self._verified.add(name)
@@ -320,51 +319,33 @@ class Checkpoint:
         for file in self.files:
             if file == TOKENIZER:
                 continue
-            with self._open(file) as opened:
+            with self._reading(file), safe_open(self.path / file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(name)
                     shape = part.get_shape()
-                    rows = shape[:1]
                     entry = tensors.setdefault(name, {"shape": [0, *shape[1:]], "parts": []})
-                    if part.get_dtype() != "F32" or not rows or shape[1:] != entry["shape"][1:]:
+                    if part.get_dtype() != "F32" or not shape or shape[1:] != entry["shape"][1:]:
                         raise self._damaged(f"{name} is {part.get_dtype()} of {shape} in {file}")
                     entry["shape"][0] += shape[0]
                     entry["parts"].append((file, shape[0]))
         return tensors
 
-    @contextmanager
-    def _open(self, file: str) -> Iterator:
-        try:
-            with safe_open(self.path / file, framework="pt") as opened:
-                yield opened
-        except OSError as error:
-            raise self._unreadable(error) from None
-        except SafetensorError as error:
-            raise self._damaged(f"{file}: {error}") from None
-
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Returns a tensor on the CPU, or some of its rows."""
         if name not in self.tensors:
             raise UserError(f"{self.path} has no {name}: it belongs to another model")
-        shape = self.tensors[name]["shape"]
-        rows = rows or slice(0, shape[0])
+        rows = rows or slice(0, sys.maxsize)
         pieces = []
         first = 0
         for file, count in self.tensors[name]["parts"]:
             low = max(rows.start - first, 0)
             high = min(rows.stop - first, count)
-            if low < high:
-                pieces.append(self._read_rows(file, name, low, high))
+            if low <= high:  # a piece may be empty
+                self._verify(file)
+                with self._reading(file), safe_open(self.path / file, "pt") as opened:
+                    pieces.append(opened.get_slice(name)[low:high])
             first += count
-        if len(pieces) == 1:
-            return pieces[0]
-        return torch.cat(pieces) if pieces else torch.empty(0, *shape[1:])
-
-    def _read_rows(self, file: str, name: str, low: int, high: int) -> Tensor:
-        if file not in self._verified:
-            self._verify(file)
-        with self._open(file) as opened:
-            return opened.get_slice(name)[low:high]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -382,21 +363,19 @@ class Checkpoint:
         if self.model_code != MODEL_CODE:
             warn(f"model.py, loss.py or ops.py has changed since {self.path} was saved")
         config = GPTConfig(**{key: getattr(self.config, key) for key in MODEL_KEYS})
-        numbers = sum(entry["bytes"] for entry in self.files.values()) // 4
-        rows = max(4 * config.width, config.vocab_size, config.max_position_embeddings)
-        if config.depth > len(self.tensors) or rows * config.width > numbers:  # too large to build
+        if config.depth > len(self.tensors):  # building it would take long
             raise UserError(f"{self.path}: its model is smaller than its configuration says")
         with torch.device("meta"):
             model = GPT(config)
-        for name, parameter in model.named_parameters():
-            for kind in KINDS:
-                found = self.tensors.get(kind + name, {}).get("shape")
-                if found is None:
-                    raise UserError(f"{self.path} lacks {kind}{name}, which model.py has")
-                if found != list(parameter.shape):
+        for weight, parameter in model.named_parameters():
+            shape = list(parameter.shape)
+            for name in (kind + weight for kind in KINDS):
+                if name not in self.tensors:
+                    raise UserError(f"{self.path} lacks {name}, which model.py has")
+                found = self.tensors[name]["shape"]
+                if found != shape:
                     raise UserError(
-                        f"{self.path}: {kind}{name} has shape {found}, the model in model.py "
-                        f"{list(parameter.shape)}"
+                        f"{self.path}: {name} has shape {found}, the model in model.py {shape}"
                     )
         return config
 

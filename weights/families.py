@@ -15,20 +15,20 @@ class Family:
     """How a model of transformers spells what model.py has.
 
     title, model_type, architecture: its names. parts: the values of our keys that it can have.
-    keys: its keys by ours. dropouts: its keys of our dropout. modules: its modules by ours, several
-    where ours holds their rows one after the other; in a block after `blocks`. transposed: whether
-    its linear layers hold the transpose of ours.
+    keys: its keys by ours, of which all families have these. dropouts: its keys of our dropout.
+    modules: its modules by ours, several where ours holds their rows one after the other; those of
+    a block follow `blocks` and its number, and all but the head follow `prefix`. transposed:
+    whether its linear layers hold the transpose of ours.
     """
 
-    title: str
-    model_type: str
-    architecture: str
-    parts: ClassVar[dict[str, list[str]]]
-    keys: ClassVar[dict[str, str]]
-    dropouts: tuple[str, ...]
-    modules: ClassVar[dict[str, tuple[str, ...]]]
-    prefix: str
-    blocks: str
+    keys: ClassVar = {
+        "width": "hidden_size",
+        "depth": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_position_embeddings",
+        "tied_head": "tie_word_embeddings",
+    }
     transposed = False
 
     def from_hf(self, theirs, **more) -> dict[str, object]:
@@ -65,10 +65,6 @@ class Family:
         values = {key: getattr(config, key) for key in self.parts}
         return [f"{key} {value}" for key, value in values.items() if value not in self.parts[key]]
 
-    def rows(self, module: str, config: GPTConfig) -> list[int] | None:
-        """Return the rows of each of their modules in one of ours; None if it is one module."""
-        return None
-
     def names(self, name: str) -> list[str]:
         """Return their names of one of our weights. Raises UserError if they have none."""
         module, kind = name.rsplit(".", 1)
@@ -83,8 +79,10 @@ class Family:
 
     def split(self, name: str, tensor: Tensor, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
         """Yield (their name, tensor) of one of our weights."""
-        rows = self.rows(name.rsplit(".", 1)[0], config) or [len(tensor)]
-        for theirs, part in zip(self.names(name), tensor.split(rows), strict=True):
+        names = self.names(name)
+        is_qkv = len(names) == 3
+        rows = config.qkv_widths if is_qkv else len(tensor) // len(names)
+        for theirs, part in zip(names, tensor.split(rows), strict=True):
             yield theirs, part.T.contiguous() if self.is_transposed(name) else part.contiguous()
 
 
@@ -98,16 +96,10 @@ class GPT2(Family):
         "head_width": [None],
         "qk_norm": [False],
     }
-    keys: ClassVar = {
-        "width": "n_embd",
-        "depth": "n_layer",
-        "heads": "n_head",
+    keys: ClassVar = Family.keys | {
         "mlp_width": "n_inner",
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "n_positions",
         "activation": "activation_function",
         "norm_eps": "layer_norm_epsilon",
-        "tied_head": "tie_word_embeddings",
     }
     dropouts = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
     modules: ClassVar = {
@@ -145,16 +137,10 @@ class Llama(Family):
     }
     biases = ("attention_bias", "mlp_bias")
     fixed: ClassVar = {"hidden_act": "silu"}
-    keys: ClassVar = {
-        "width": "hidden_size",
-        "depth": "num_hidden_layers",
-        "heads": "num_attention_heads",
+    keys: ClassVar = Family.keys | {
         "kv_heads": "num_key_value_heads",
         "mlp_width": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_position_embeddings",
         "norm_eps": "rms_norm_eps",
-        "tied_head": "tie_word_embeddings",
     }
     dropouts = ("attention_dropout",)
     modules: ClassVar = {
@@ -207,13 +193,6 @@ class Llama(Family):
             "head_dim": config.head_size,
             "rope_parameters": rope | {"rope_theta": config.rope_theta},
         }
-
-    def rows(self, module: str, config: GPTConfig) -> list[int] | None:
-        if module.endswith("attn.qkv"):
-            return config.qkv_widths
-        if module.endswith("mlp.fc"):
-            return [config.mlp_width or 4 * config.width] * 2
-        return None
 
 
 class Mistral(Llama):

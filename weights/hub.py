@@ -110,12 +110,16 @@ def _growth(part: object) -> float:
 def begin_of_text(source: str | Path, tokenizer: Tokenizer) -> str | None:
     """Return the token that begins a text: the one that the tokenizer adds itself, or that files of
     this folder or hub name give; None if there is none."""
-    text = min(tokenizer.get_vocab())
-    first = tokenizer.encode(text).ids[:1]
-    if first != tokenizer.encode(text, add_special_tokens=False).ids[:1]:
-        return tokenizer.id_to_token(first[0])
     named = (_named(read_json(source, name), "bos_token", tokenizer) for name in NAMING)
-    return next(filter(None, named), None)
+    return _added(tokenizer, slice(1)) or next(filter(None, named), None)
+
+
+def _added(tokenizer: Tokenizer, place: slice) -> str | None:
+    """Return the token that the tokenizer itself adds to a text at this place, if there is one."""
+    text = min(tokenizer.get_vocab())
+    plain = tokenizer.encode(text, add_special_tokens=False).ids[place]
+    added = tokenizer.encode(text).ids[place]
+    return tokenizer.id_to_token(added[0]) if added != plain else None
 
 
 def _named(content: dict, key: str, tokenizer: Tokenizer) -> str | None:
@@ -139,12 +143,8 @@ def end_of_text(source: str | Path, tokenizer: Tokenizer) -> str | None:
         for number in ids if isinstance(ids, list) else [ids]:
             if number in special:  # others may be a default that nobody chose
                 return special[number]
-    if tokenizer.num_special_tokens_to_add(is_pair=False):
-        text = min(tokenizer.get_vocab())
-        plain = tokenizer.encode(text, add_special_tokens=False).ids
-        last = tokenizer.encode(text).ids[-1:]
-        if last != plain[-1:]:
-            return tokenizer.id_to_token(last[0])
+    if last := _added(tokenizer, slice(-1, None)):
+        return last
     guess = next((token for token in END_TOKENS if token in special.values()), None)
     if guess is not None:
         warn(f"{source} names no end of text: documents end with {guess}")

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
-from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -22,24 +21,15 @@ from configuration import Configuration, make_configuration
 from model import GPT, GPTConfig
 from weights.checkpoint import Checkpoint
 from weights.families import FAMILIES, Family, family_of
-from weights.hub import (
-    begin_of_text,
-    end_of_text,
-    find_file,
-    open_tokenizer,
-    read_json,
-    reading,
-)
+from weights.hub import begin_of_text, end_of_text, find_file, open_tokenizer, read_json, reading
 
 WEIGHTS = "model.safetensors"  # the names transformers looks for
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 HEAD = "lm_head.weight"  # their name
-OUR_HEAD = "head.linear.weight"
 TABLE = "embedding.tokens.weight"
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # that nobody needs
 POSITIONS = 2048  # that are compared
-ROWS = 4096  # that are read at one time
 LARGEST_FILE = 5 * 10**9  # bytes, as transformers'
 
 
@@ -47,8 +37,8 @@ def hugging_face_tensors(config: GPTConfig, read: Callable) -> Iterator[tuple[st
     """Yield (their name, tensor) of `read(our name)`, one of ours at a time."""
     family = family_of(config)
     with torch.device("meta"):
-        names = [name for name, _ in GPT(config).named_parameters()]
-    for name in names:
+        model = GPT(config)
+    for name, _ in model.named_parameters():
         yield from family.split(name, read(name), config)
 
 
@@ -56,44 +46,30 @@ def write_weights(folder: Path, config: GPTConfig, read: Callable, dtype: torch.
     """Write `read(our name)` as transformers does: into model.safetensors, or files of up to
     LARGEST_FILE bytes with their index. One tensor at a time is in memory."""
     with torch.device("meta"):
-        model = GPT(config)
-    parts = [{}]  # shapes by name, of each file
-    total = 0
-    room = LARGEST_FILE
-    for name, tensor in hugging_face_tensors(config, model.get_parameter):
-        size = tensor.numel() * dtype.itemsize
-        if parts[-1] and size > room:
-            parts.append({})
-            room = LARGEST_FILE
-        parts[-1][name] = list(tensor.shape)
-        total += size
-        room -= size
-    tensors = hugging_face_tensors(config, read)
-    tensors = iter(tqdm(tensors, unit="tensor", total=sum(map(len, parts)), disable=None))
-    weight_map = {}
-    for number, shapes in enumerate(parts, 1):
-        file = WEIGHTS
-        if len(parts) > 1:
-            file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        weight_map |= dict.fromkeys(shapes, file)
-        with open(folder / file, "wb") as opened:
-            opened.write(_header(shapes, dtype))
-            for _, tensor in islice(tensors, len(shapes)):
-                opened.write(tensor.to(dtype).view(torch.uint8).numpy())
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        model = GPT(config).to(dtype)
+    named = hugging_face_tensors(config, model.get_parameter)
+    tensors = {name: tensor.clone() for name, tensor in named}  # some share a storage
+    files = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST_FILE)
+    for file, names in files.filename_to_tensors.items():
+        (folder / file).write_bytes(_header({name: tensors[name] for name in names}))
+    read_tensors = hugging_face_tensors(config, read)
+    for name, tensor in tqdm(read_tensors, unit="tensor", total=len(tensors), disable=None):
+        with open(folder / files.tensor_to_filename[name], "ab") as file:
+            file.write(tensor.to(dtype).view(torch.uint8).numpy())
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def _header(shapes: dict[str, list[int]], dtype: torch.dtype) -> bytes:
+def _header(tensors: dict[str, Tensor]) -> bytes:
     """Return the beginning of a safetensors file: its length, names, shapes and offsets."""
     header = {"__metadata__": {"format": "pt"}}
     end = 0
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-    for name, shape in shapes.items():
+    for name, tensor in tensors.items():
         begin = end
-        end += prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        end += tensor.nbytes
+        kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -184,50 +160,50 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
                 raise _unknown(key, found)
         model = replace(model, dropout=config.dropout, init_std=config.init_std)
         config = make_configuration(asdict(config) | asdict(model))
-        places = _find_tensors(source, theirs, family)
-        read = partial(_read, places, family)
-        _check_tensors(places, family, model, read)
+        tensors = _find_tensors(source, theirs, family)
+        _check_tensors(tensors, family, model)
         check_same(model, theirs)
-    return config, read
+    return config, partial(_read, tensors, family)
 
 
-def _read(places: dict, family: Family, name: str, rows: slice | None = None) -> Tensor:
+def _read(
+    tensors: dict[str, Tensor], family: Family, name: str, rows: slice | None = None
+) -> Tensor:
     """Return one of our weights, or some of its rows, in fp32."""
     begin = 0 if rows is None else rows.start
     end = sys.maxsize if rows is None else rows.stop
     parts = []
     for theirs in family.names(name):
-        file, key, shape = places[theirs]
-        count = shape[1] if family.is_transposed(name) else shape[0]
-        part = slice(max(0, min(begin, count)), max(0, min(end, count)))
-        begin -= count
-        end -= count
-        with safe_open(file, "pt") as opened:
-            tensor = opened.get_slice(key)
-            parts.append(tensor[:, part].T if family.is_transposed(name) else tensor[part])
+        tensor = tensors[theirs]
+        if family.is_transposed(name):
+            tensor = tensor.T
+        parts.append(tensor[max(0, begin) : max(0, end)])
+        begin -= len(tensor)
+        end -= len(tensor)
     return torch.cat(parts).float()
 
 
-def _check_tensors(places: dict, family: Family, config: GPTConfig, read: Callable) -> None:
+def _check_tensors(tensors: dict[str, Tensor], family: Family, config: GPTConfig) -> None:
     """Raises ValueError where the files lack a tensor, or have one of another shape or another head
     than the embedding that it is tied to; warns of those that are not used."""
     with torch.device("meta"):
         needed = _their_tensors(GPT(config), config)
-    if config.tied_head and HEAD not in places:
+    if config.tied_head and HEAD not in tensors:
         del needed[HEAD]
     for name, tensor in needed.items():
-        if name not in places:
+        if name not in tensors:
             raise ValueError(f"it lacks {name}")
-        if (found := places[name][2]) != list(tensor.shape):
+        if tensors[name].shape != tensor.shape:
+            found = [*tensors[name].shape]
             raise ValueError(f"{name} has shape {found}, its config.json's is {[*tensor.shape]}")
-    if config.tied_head and HEAD in places:
-        parts = [slice(start, start + ROWS) for start in range(0, config.vocab_size, ROWS)]
-        if not all(torch.equal(read(OUR_HEAD, rows), read(TABLE, rows)) for rows in parts):
-            raise ValueError(
-                f"its {HEAD} is not its embedding, but its tie_word_embeddings is true; set it to "
-                f"false, or delete the tensor"
-            )
-    unused = [name for name in places if name not in needed and not BUFFERS.search(name)]
+    (table,) = family.names(TABLE)
+    has_head = config.tied_head and HEAD in tensors
+    if has_head and not torch.equal(tensors[HEAD], tensors[table]):
+        raise ValueError(
+            f"its {HEAD} is not its embedding, but its tie_word_embeddings is true; set it to "
+            f"false, or delete the tensor"
+        )
+    unused = [name for name in tensors if name not in needed and not BUFFERS.search(name)]
     if unused:
         some = ", ".join(map(short, sorted(unused)[:3]))
         warn(f"init_from: {len(unused)} tensors of its files are not used, such as {some}")
@@ -238,10 +214,10 @@ def _their_tensors(model: GPT, config: GPTConfig) -> dict[str, Tensor]:
     return {HEAD: model.table} | dict(hugging_face_tensors(config, model.get_parameter))
 
 
-def _find_tensors(source: str, theirs, family: Family) -> dict[str, tuple[Path, str, list[int]]]:
-    """Return the file, the name in it and the shape of each tensor of a folder or hub name, by its
-    full name."""
-    places = {}
+def _find_tensors(source: str, theirs, family: Family) -> dict[str, Tensor]:
+    """Return the tensors of a folder or hub name by their full names. Each is read from its file
+    when it is used."""
+    tensors = {}
     for name in weight_files(source, getattr(theirs, "transformers_weights", None)):
         if Path(name).name != name or (file := find_file(source, name)) is None:
             raise ValueError(f"it has no {short(name)}")
@@ -249,10 +225,10 @@ def _find_tensors(source: str, theirs, family: Family) -> dict[str, tuple[Path, 
             for key in opened.keys():  # noqa: SIM118
                 full = key.removeprefix(family.prefix)
                 full = full if full.startswith("lm_head.") else family.prefix + full
-                if full in places:
-                    raise ValueError(f"it has two tensors {full}: {places[full][1]} and {key}")
-                places[full] = (file, key, opened.get_slice(key).get_shape())
-    return places
+                if full in tensors:
+                    raise ValueError(f"it has two tensors {full}, with and without its prefix")
+                tensors[full] = opened.get_tensor(key)
+    return tensors
 
 
 def weight_files(source: str, chosen: str | None) -> list[str]:
@@ -292,16 +268,17 @@ def check_vocabulary(source: str, tokens: Tokens) -> None:
 
 def load_tokenizer(checkpoint: Checkpoint):
     """Return the transformers tokenizer of a checkpoint. Raises UserError where it carries none."""
-    if checkpoint.tokenizer is None:
-        raise UserError(f"{checkpoint.path} has no tokenizer.json: its dataset had none")
-    content = checkpoint.tokenizer.read_bytes()
+    content = checkpoint.tokenizer and checkpoint.tokenizer.read_bytes()
     return make_tokenizer(checkpoint.path, content, checkpoint.config.vocab_size)
 
 
-def make_tokenizer(folder: Path, content: bytes, vocab_size: int):
-    """Return the transformers tokenizer of a tokenizer.json that is in this folder."""
+def make_tokenizer(folder: Path, content: bytes | None, vocab_size: int):
+    """Return the transformers tokenizer of a tokenizer.json that is in this folder. Raises
+    UserError where there is none, or not one for a model of this vocab_size."""
     from transformers import PreTrainedTokenizerFast
 
+    if content is None:
+        raise UserError(f"prompts need a tokenizer.json, and {folder} has none")
     with reading(f"{folder}/tokenizer.json is not a tokenizer"):
         plain = open_tokenizer(content)
         ends = {"bos_token": begin_of_text(folder, plain), "eos_token": end_of_text(folder, plain)}
@@ -341,10 +318,7 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig, device: str, dtype: to
     weights = {name: tensor.to(device, dtype) for name, tensor in tensors}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    for name, module in list(model.named_modules()):
-        made = any(buffer.is_meta for buffer in module.buffers(recurse=False))
-        if made and next(module.parameters(), None) is None:  # rotary frequencies
-            parent, _, attribute = name.rpartition(".")
-            rebuilt = type(module)(model.config).to(device)
-            setattr(model.get_submodule(parent), attribute, rebuilt)
+    if config.positions == "rotary":  # its frequencies are no weights
+        rotary = type(model.model.rotary_emb)
+        model.model.rotary_emb = rotary(model.config).to(device)
     return model
