@@ -16,10 +16,12 @@ def profiled(
 ) -> Iterator[StepStats]:
     """Yields the steps that follow `start`. Those that `config.profile` names are traced, into one
     file of each process in out_dir, which https://ui.perfetto.dev and chrome://tracing show."""
-    first, last = map(int, (config.profile or "0:0").split(":"))
+    if config.profile is None:
+        yield from steps
+        return
+    first, last = map(int, config.profile.split(":"))
     if first <= start:
-        if config.profile is not None:
-            warn(f"profile: {config.profile} begins with a step that is done; nothing is traced")
+        warn(f"profile: {config.profile} begins with a step that is done; nothing is traced")
         yield from steps
         return
     trace = profile()

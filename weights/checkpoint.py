@@ -340,11 +340,13 @@ class Checkpoint:
         for file, count in self.tensors[name]["parts"]:
             low = max(rows.start - first, 0)
             high = min(rows.stop - first, count)
-            if low <= high:  # a piece may be empty
+            if low < high:
                 self._verify(file)
                 with self._reading(file), safe_open(self.path / file, "pt") as opened:
                     pieces.append(opened.get_slice(name)[low:high])
             first += count
+        if not pieces:
+            return torch.empty(0, *self.tensors[name]["shape"][1:])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     @property

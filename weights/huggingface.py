@@ -27,9 +27,11 @@ WEIGHTS = "model.safetensors"  # the names transformers looks for
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 HEAD = "lm_head.weight"  # their name
+OUR_HEAD = "head.linear.weight"
 TABLE = "embedding.tokens.weight"
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # that nobody needs
 POSITIONS = 2048  # that are compared
+ROWS = 4096  # that are read at one time
 LARGEST_FILE = 5 * 10**9  # bytes, as transformers'
 
 
@@ -160,50 +162,50 @@ def read_hugging_face(config: Configuration) -> tuple[Configuration, Callable]:
                 raise _unknown(key, found)
         model = replace(model, dropout=config.dropout, init_std=config.init_std)
         config = make_configuration(asdict(config) | asdict(model))
-        tensors = _find_tensors(source, theirs, family)
-        _check_tensors(tensors, family, model)
+        places = _find_tensors(source, theirs, family)
+        read = partial(_read, places, family)
+        _check_tensors(places, family, model, read)
         check_same(model, theirs)
-    return config, partial(_read, tensors, family)
+    return config, read
 
 
-def _read(
-    tensors: dict[str, Tensor], family: Family, name: str, rows: slice | None = None
-) -> Tensor:
+def _read(places: dict, family: Family, name: str, rows: slice | None = None) -> Tensor:
     """Return one of our weights, or some of its rows, in fp32."""
     begin = 0 if rows is None else rows.start
     end = sys.maxsize if rows is None else rows.stop
     parts = []
     for theirs in family.names(name):
-        tensor = tensors[theirs]
-        if family.is_transposed(name):
-            tensor = tensor.T
-        parts.append(tensor[max(0, begin) : max(0, end)])
-        begin -= len(tensor)
-        end -= len(tensor)
+        file, key, shape = places[theirs]
+        count = shape[1] if family.is_transposed(name) else shape[0]
+        part = slice(max(0, min(begin, count)), max(0, min(end, count)))
+        begin -= count
+        end -= count
+        with safe_open(file, "pt") as opened:
+            tensor = opened.get_slice(key)
+            parts.append(tensor[:, part].T if family.is_transposed(name) else tensor[part])
     return torch.cat(parts).float()
 
 
-def _check_tensors(tensors: dict[str, Tensor], family: Family, config: GPTConfig) -> None:
+def _check_tensors(places: dict, family: Family, config: GPTConfig, read: Callable) -> None:
     """Raises ValueError where the files lack a tensor, or have one of another shape or another head
     than the embedding that it is tied to; warns of those that are not used."""
     with torch.device("meta"):
         needed = _their_tensors(GPT(config), config)
-    if config.tied_head and HEAD not in tensors:
+    if config.tied_head and HEAD not in places:
         del needed[HEAD]
     for name, tensor in needed.items():
-        if name not in tensors:
+        if name not in places:
             raise ValueError(f"it lacks {name}")
-        if tensors[name].shape != tensor.shape:
-            found = [*tensors[name].shape]
+        if (found := places[name][2]) != list(tensor.shape):
             raise ValueError(f"{name} has shape {found}, its config.json's is {[*tensor.shape]}")
-    (table,) = family.names(TABLE)
-    has_head = config.tied_head and HEAD in tensors
-    if has_head and not torch.equal(tensors[HEAD], tensors[table]):
-        raise ValueError(
-            f"its {HEAD} is not its embedding, but its tie_word_embeddings is true; set it to "
-            f"false, or delete the tensor"
-        )
-    unused = [name for name in tensors if name not in needed and not BUFFERS.search(name)]
+    if config.tied_head and HEAD in places:
+        parts = [slice(start, start + ROWS) for start in range(0, config.vocab_size, ROWS)]
+        if not all(torch.equal(read(OUR_HEAD, rows), read(TABLE, rows)) for rows in parts):
+            raise ValueError(
+                f"its {HEAD} is not its embedding, but its tie_word_embeddings is true; set it to "
+                f"false, or delete the tensor"
+            )
+    unused = [name for name in places if name not in needed and not BUFFERS.search(name)]
     if unused:
         some = ", ".join(map(short, sorted(unused)[:3]))
         warn(f"init_from: {len(unused)} tensors of its files are not used, such as {some}")
@@ -214,10 +216,10 @@ def _their_tensors(model: GPT, config: GPTConfig) -> dict[str, Tensor]:
     return {HEAD: model.table} | dict(hugging_face_tensors(config, model.get_parameter))
 
 
-def _find_tensors(source: str, theirs, family: Family) -> dict[str, Tensor]:
-    """Return the tensors of a folder or hub name by their full names. Each is read from its file
-    when it is used."""
-    tensors = {}
+def _find_tensors(source: str, theirs, family: Family) -> dict[str, tuple[Path, str, list[int]]]:
+    """Return the file, the name in it and the shape of each tensor of a folder or hub name, by its
+    full name."""
+    places = {}
     for name in weight_files(source, getattr(theirs, "transformers_weights", None)):
         if Path(name).name != name or (file := find_file(source, name)) is None:
             raise ValueError(f"it has no {short(name)}")
@@ -225,10 +227,10 @@ def _find_tensors(source: str, theirs, family: Family) -> dict[str, Tensor]:
             for key in opened.keys():  # noqa: SIM118
                 full = key.removeprefix(family.prefix)
                 full = full if full.startswith("lm_head.") else family.prefix + full
-                if full in tensors:
-                    raise ValueError(f"it has two tensors {full}, with and without its prefix")
-                tensors[full] = opened.get_tensor(key)
-    return tensors
+                if full in places:
+                    raise ValueError(f"it has two tensors {full}: {places[full][1]} and {key}")
+                places[full] = (file, key, opened.get_slice(key).get_shape())
+    return places
 
 
 def weight_files(source: str, chosen: str | None) -> list[str]:
