@@ -83,7 +83,9 @@ def generate(model, ids: Tensor, max_new_tokens: int, how: Sampling, end: int | 
     if how.temperature > 0:
         options |= asdict(how)
     while ids.shape[1] < length:
-        seen = ids if ids.shape[1] < limit else ids[:, -max(1, limit // 2) :]
+        seen = ids
+        if seen.shape[1] >= limit:
+            seen = ids[:, -max(1, limit // 2) :]
         new = min(length - ids.shape[1], max(1, limit - seen.shape[1]))
         mask = torch.ones_like(seen)
         out = model.generate(seen, attention_mask=mask, max_new_tokens=new, **options)

@@ -25,7 +25,8 @@ class Sampling:
 
 def draw(logits: Tensor, how: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """Returns the next token (texts, 1) of each text from its logits (texts, vocab_size)."""
-    top, tokens = logits.topk(min(how.top_k, logits.shape[1]) if how.temperature > 0 else 1)
+    count = min(how.top_k, logits.shape[1]) if how.temperature > 0 else 1
+    top, tokens = logits.topk(count)
     probabilities = (top / (how.temperature or 1)).softmax(1)
     likelier = probabilities.cumsum(1) - probabilities
     kept = probabilities.where(likelier < how.top_p, 0)

@@ -71,7 +71,8 @@ def _header(tensors: dict[str, Tensor]) -> bytes:
         begin = end
         end += tensor.nbytes
         kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [begin, end]}
+        shape = list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -107,7 +108,8 @@ def _compare(config: GPTConfig, theirs) -> None:
     family = family_of(config)
     theirs = deepcopy(theirs)
     shared = config.kv_heads or config.heads
-    kv_heads, group = min(2, shared), min(2, config.heads // shared)
+    kv_heads = min(2, shared)
+    group = min(2, config.heads // shared)
     small = replace(
         config,
         width=8 * kv_heads * group,
