@@ -18,6 +18,7 @@ from runtime.distributed import Group
 from runtime.metrics import read_records
 from runtime.samples import Samples
 from weights.checkpoint import TOKENIZER, Checkpoint, find_checkpoints, newest
+from weights.huggingface import check_vocabulary, read_hugging_face
 
 TRAINING_KEYS = {"dropout", "init_std"}  # of the model's, but without effect on what it computes
 MAX_SKIPPED = 10  # steps in a row that were not finite before training stops
@@ -81,8 +82,6 @@ class Start:
         if self.checkpoint is not None:
             check_tokenizer(self.checkpoint, tokens)
         elif self.config.init_from is not None:
-            from weights.huggingface import check_vocabulary  # transformers is slow to import
-
             check_vocabulary(self.config.init_from, tokens)
 
     def restore(self, engine: Engine) -> None:
@@ -120,8 +119,6 @@ def open_weights(config: Configuration, checkpoint: Checkpoint | None) -> Start:
         origin = f"resumed from {checkpoint.path} at step {checkpoint.step}"
         return Start(with_model_of(checkpoint, config), origin, checkpoint.read, checkpoint)
     if config.init_from is not None:
-        from weights.huggingface import read_hugging_face  # transformers is slow to import
-
         config, read = read_hugging_face(config)
         return Start(config, f"starting from the weights of {config.init_from}", read)
     return Start(config)

@@ -9,6 +9,7 @@ from torch import Tensor
 from common.tokens import Tokens
 from configuration import Configuration
 from engines.base import Engine
+from weights.huggingface import decode, encode, make_tokenizer
 
 LENGTH = 64  # tokens that are added to a prompt
 
@@ -41,8 +42,6 @@ class Samples:
         self.config = config
         self.prompts = []
         if config.sample_prompts:
-            from weights.huggingface import encode, make_tokenizer  # transformers is slow to import
-
             folder = tokens.path.parent
             self.tokenizer = make_tokenizer(folder, tokens.tokenizer, config.vocab_size)
             self.prompts = [encode(self.tokenizer, text)[0] for text in config.sample_prompts]
@@ -61,8 +60,6 @@ class Samples:
 
     def _decode(self, text: Tensor) -> str:
         """Returns what was written up to the first end of text after the prompt."""
-        from weights.huggingface import decode  # transformers is slow to import
-
         ids = text.tolist()
         end = self.tokenizer.eos_token_id
         begin = len(ids) - LENGTH
