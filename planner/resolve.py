@@ -19,7 +19,7 @@ from ops import has_units
 from planner.costs import TIERS, Phase, Plan
 from planner.machine import Machine, store_folder, this_machine
 from planner.report import refusal
-from planner.search import engine_plan, engine_plans, first_fitting
+from planner.search import closest, engine_plan, engine_plans
 
 # Keys whose other values would round differently
 ROUNDING = (
@@ -51,10 +51,9 @@ def resolve(
     with suppress(OSError):
         remove_abandoned(store_folder(config))  # before the free space is measured
     machine = this_machine(config, processes)
-    plans = engine_plans(config, machine, training)
-    plan = first_fitting(plans)
-    if plan is None:
-        raise UserError(refusal(config, plans, training))
+    plan = closest(engine_plans(config, machine, training))
+    if plan.missing:
+        raise UserError(refusal(config, plan, training))
     same_engine = plan.config.engine == resolved_before.get("engine")
     if same_engine and config.num_systems == resolved_before.get("num_systems"):
         again = keep_rounding(replace(config, engine=plan.config.engine), resolved_before)
@@ -170,9 +169,9 @@ def check_engine(config: Configuration) -> None:
             raise UserError(f"num_systems: {systems}, {wrong} is one; use --backend CSX")
         if size not in (None, config.batch_size):
             raise UserError(f"micro_batch_size: {size}, {wrong} runs the batch in one piece")
-    if systems % (config.shard_group_size or 1) != 0:
-        wrong = f"does not divide num_systems {systems}"
-        raise UserError(f"shard_group_size: {config.shard_group_size} {wrong}")
+    group = config.shard_group_size or 1
+    if systems % group != 0:
+        raise UserError(f"shard_group_size: {group} does not divide num_systems {systems}")
     if systems > 1 and engine in ("resident", "streaming"):
         wrong = f"runs on one system, num_systems is {systems}"
         raise UserError(f"engine: {engine} {wrong}; use --engine auto or --num_systems 1")
