@@ -307,24 +307,26 @@ def streaming_phases(config: Configuration, machine: Machine, training: bool) ->
     if config.activation_checkpointing and not machine.on_gpu:
         common += GROWTH
 
-    def needed(weights: int, gradients: int, boundaries: int, temporary: int) -> float:
-        """Return the bytes of a phase with so many weights, fp32 gradients and boundaries, and
+    def needed(weights: int, boundaries: int, gradients: int = 0, temporary: int = 0) -> float:
+        """Return the bytes of a phase with so many weights, boundaries and fp32 gradients, and
         these temporary bytes beside what is kept."""
         tensors = element_bytes(config) * weights + 4 * gradients + boundaries * boundary
         return tensors + heap_bytes(inputs + temporary, machine) + common
 
+    gradients = size.head if training else 0
     phases = {
-        "embedding": needed(size.embedding + ahead, 0, 2, 0),
-        "forward": needed(visited, 0, 2, in_block),
-        "head": needed(size.head + ahead, size.head if training else 0, 2, loss_bytes(config)),
+        "embedding": needed(size.embedding + ahead, boundaries=2),
+        "forward": needed(visited, boundaries=2, temporary=in_block),
+        "head": needed(size.head + ahead, 2, gradients, temporary=loss_bytes(config)),
     }
     if training:
         lookup = 8 * config.micro_batch_size * config.sequence_length * config.width
         if machine.on_gpu:
             lookup = table_bytes(config)
-        phases["backward"] = needed(visited, max(ahead, ends + size.block), 1, in_block)
+        gradients = max(ahead, ends + size.block)
+        phases["backward"] = needed(visited, 1, gradients, temporary=in_block)
         gradients = size.block + size.embedding
-        phases["lookup"] = needed(size.embedding + ahead, gradients, 1, lookup)
+        phases["lookup"] = needed(size.embedding + ahead, 1, gradients, temporary=lookup)
     return phases
 
 

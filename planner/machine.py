@@ -108,7 +108,8 @@ def this_machine(config: Configuration, processes: int) -> Machine:
     disk = free_disk(config)
     if config.backend == "CPU":
         rates = measured_rates(config) | {"network": GLOO, "fabric": GLOO}
-        return machine_share(config, "this CPU", host_memory(config), disk, processes, rates)
+        memory = host_memory(config.host_memory)
+        return machine_share(config, "this CPU", memory, disk, processes, rates)
     name = torch.cuda.get_device_name(0)
     known = known_device(name)
     rates = measured_rates(config, known)
@@ -125,7 +126,7 @@ def named_machine(name: str, config: Configuration) -> Machine:
         raise UserError(f"device: {name} is not known; known are {', '.join(DEVICES)}")
     processes = min(config.num_systems, PER_MACHINE)
     disk = shutil.disk_usage(store_folder(config)).free
-    rates = {name: getattr(device, name) for name in ("bandwidth", "link", "network")}
+    rates = {rate: getattr(device, rate) for rate in ("bandwidth", "link", "network")}
     rates |= {"matmul": device.matmul(config.precision), **DRIVE}
     return machine_share(config, name, device.memory, disk, processes, rates)
 
@@ -140,7 +141,7 @@ def machine_share(
     if on_gpu or config.memory_limit is not None:
         memory *= 0.95  # the rest is lost to fragments, by a few percent more or less
     device = int(memory) if on_gpu else int(memory) // processes
-    host = host_memory(config) // processes if on_gpu else device
+    host = host_memory(config.host_memory) // processes if on_gpu else device
     program = program_bytes(on_gpu)
     return Machine(name, config.backend, device, host, disk, program, processes=processes, **rates)
 
@@ -155,11 +156,11 @@ def known_device(name: str) -> Device | None:
     return None
 
 
-def host_memory(config: Configuration | None = None) -> int:
+def host_memory(configured: str | None = None) -> int:
     """Return the bytes of the machine or its container, whichever has less, without the system's
     share; or what is configured."""
-    if config is not None and config.host_memory is not None:
-        return parse_bytes(config.host_memory, "host_memory")
+    if configured is not None:
+        return parse_bytes(configured, "host_memory")
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):  # Linux; a line `0::/path` names the group
         group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
