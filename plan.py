@@ -12,12 +12,11 @@ from common.console import UserError, command, warn  # before torch
 # isort: split
 import torch
 
-from configuration import Configuration
 from planner.costs import eval_tokens
-from planner.machine import DEVICES, Machine, named_machine, parse_bytes, this_machine
+from planner.machine import DEVICES, named_machine, parse_bytes, this_machine
 from planner.report import describe, refusal, size_text, summary, table, time_text, warnings
 from planner.resolve import check_engine, resolve_device
-from planner.search import closest, engine_plans, first_fitting
+from planner.search import closest, engine_plans
 from runtime.arguments import parse_configuration
 from runtime.resume import open_weights
 
@@ -34,11 +33,20 @@ def main() -> int:
             "a run on Cerebras systems is planned by their cluster; python train.py CONFIG "
             "--backend CSX --cluster.validate_only true lowers a step for it on this machine"
         )
-    config, machine = choose_machine(open_weights(config, None).config, options["device"])
+    config = open_weights(config, None).config
+    if options["device"] is None:
+        config = resolve_device(config, {})
+        gpus = torch.cuda.device_count() if config.backend == "GPU" else config.num_systems
+        machine = this_machine(config, min(config.num_systems, gpus))
+    else:
+        check_engine(config)
+        precision = "bf16" if config.precision == "auto" else config.precision
+        config = replace(config, backend="GPU", precision=precision)
+        machine = named_machine(options["device"], config)
     if options["disk"] is not None:
         machine.disk = parse_bytes(options["disk"], "disk")
     plans = engine_plans(config, machine)
-    plan = first_fitting(plans) or closest(plans)
+    plan = closest(plans)
     if options["json"]:
         print(json.dumps(summary(plan)))
         return 2 if plan.missing else 0
@@ -48,7 +56,7 @@ def main() -> int:
         host = size_text(machine.host * machine.processes)
         print(f"host memory: {each} a GPU, this machine's {host} shared; --host_memory sets it")
     if plan.missing:
-        print(refusal(config, plans))
+        print(refusal(config, plan))
         return 2
     print(describe(plan))
     for line in warnings(plan):
@@ -59,18 +67,6 @@ def main() -> int:
     transfer = time_text(plan.total("transfer"))
     print(f"{plan.limit} is the limit: a step computes for {compute} and transfers for {transfer}")
     return 0
-
-
-def choose_machine(config: Configuration, device: str | None) -> tuple[Configuration, Machine]:
-    """Return the configuration with its device resolved, and the named GPU or this machine."""
-    if device is None:
-        config = resolve_device(config, {})
-        gpus = torch.cuda.device_count() if config.backend == "GPU" else config.num_systems
-        return config, this_machine(config, min(config.num_systems, gpus))
-    check_engine(config)
-    precision = "bf16" if config.precision == "auto" else config.precision
-    config = replace(config, backend="GPU", precision=precision)
-    return config, named_machine(device, config)
 
 
 if __name__ == "__main__":

@@ -71,11 +71,8 @@ class Plan:
     @property
     def missing(self) -> dict[str, int]:
         """Return the bytes that are missing, by tier; empty if it fits."""
-        return {
-            tier: needed - self.available[tier]
-            for tier, needed in self.bytes.items()
-            if needed > self.available[tier]
-        }
+        missing = {tier: self.bytes[tier] - self.available[tier] for tier in TIERS}
+        return {tier: number for tier, number in missing.items() if number > 0}
 
     def total(self, name: str) -> float:
         """Sum a field of the phases, such as `compute`, over a step."""
@@ -91,24 +88,19 @@ class Plan:
         return "transfer" if self.total("transfer") > self.total("compute") else "compute"
 
     @property
-    def eval_seconds(self) -> float:
-        """Return the seconds of an evaluation, its forward pass taken for a third of a step."""
-        return self.seconds * eval_tokens(self.config) / (3 * step_tokens(self.config))
-
-    @property
     def all_evals_seconds(self) -> float:
-        return ceil(self.config.num_steps / self.config.eval_steps) * self.eval_seconds
-
-    @property
-    def save_seconds(self) -> float:
-        return checkpoint_bytes(self.config) / self.machine.write
+        """Return the seconds of all evaluations. A forward pass takes a third of a step."""
+        config = self.config
+        each = self.seconds * eval_tokens(config) / (3 * step_tokens(config))
+        return ceil(config.num_steps / config.eval_steps) * each
 
     @property
     def run_seconds(self) -> float:
         """Return the seconds of the whole run, with its evaluations and saves."""
-        saves = ceil(self.config.num_steps / self.config.checkpoint_steps)
-        steps = self.config.num_steps * self.seconds
-        return steps + self.all_evals_seconds + saves * self.save_seconds
+        config = self.config
+        saves = ceil(config.num_steps / config.checkpoint_steps)
+        saving = saves * (checkpoint_bytes(config) / self.machine.write)
+        return config.num_steps * self.seconds + self.all_evals_seconds + saving
 
 
 def make_plan(
@@ -212,10 +204,9 @@ def kept_bytes(config: Configuration) -> int:
 def passing_bytes(config: Configuration) -> int:
     """Return the bytes that come and go while a micro-batch is in a block, beside those kept."""
     one = block(config)
-    gradient = sizes(config).matrix * element_bytes(config)
-    if config.precision == "bf16":
-        gradient += 4 * sizes(config).matrix  # its sum is in fp32
-    return config.micro_batch_size * (one.peak_bytes - one.kept_bytes) + gradient
+    gradient = 6 if config.precision == "bf16" else 4  # a bf16 one is summed in fp32
+    passing = config.micro_batch_size * (one.peak_bytes - one.kept_bytes)
+    return passing + gradient * sizes(config).matrix
 
 
 def loss_bytes(config: Configuration) -> int:
@@ -253,12 +244,11 @@ def resident_bytes(config: Configuration, machine: Machine, training: bool) -> d
     each = STATE_BYTES if training else 4
     if config.precision == "bf16":
         each += 2
-    temporary = max(kept_bytes(config), loss_bytes(config))
+    in_block = passing_bytes(config) if training else kept_bytes(config)
+    temporary = max(in_block, loss_bytes(config))
     if training:
-        temporary = max(passing_bytes(config), loss_bytes(config))
         temporary += config.depth * kept_bytes(config)
-    temporary = heap_bytes(temporary, machine)
-    return tier_bytes(config, machine, each * count(config) + temporary)
+    return tier_bytes(config, machine, each * count(config) + heap_bytes(temporary, machine))
 
 
 def heap_bytes(temporary: float, machine: Machine) -> float:
@@ -280,12 +270,13 @@ def streaming_bytes(config: Configuration, machine: Machine, training: bool) -> 
     disk = state if config.stream_to == "disk" else 0
     # a block and an end that are drawn or loaded, 8 bytes a parameter
     drawn = 8 * (size.block + ends)
-    if not machine.on_gpu:
-        return tier_bytes(config, machine, max(device, drawn), host, disk)
-    device += (AHEAD + 1) * (each + 4) * chunk  # staging, of all kinds and of gradients
-    host += drawn
-    if training and config.activation_checkpointing and config.activation_location == "host":
-        host += config.depth * boundary_bytes(config, config.stream_batch_size)
+    if machine.on_gpu:
+        device += (AHEAD + 1) * (each + 4) * chunk  # staging, of all kinds and of gradients
+        host += drawn
+        if training and config.activation_checkpointing and config.activation_location == "host":
+            host += config.depth * boundary_bytes(config, config.stream_batch_size)
+    else:
+        device = max(device, drawn)
     return tier_bytes(config, machine, device, host, disk)
 
 
@@ -301,46 +292,42 @@ def fitting_blocks(config: Configuration, machine: Machine, training: bool, need
 def streaming_phases(config: Configuration, machine: Machine, training: bool) -> dict[str, float]:
     """Return the bytes of the tensors on the device in each phase of a pass (docs/streaming.md)."""
     size = sizes(config)
-    element = element_bytes(config)
     boundary = boundary_bytes(config, config.stream_batch_size)
-    two_blocks = min(2, config.depth) * size.block  # that are fetched ahead
+    ahead = min(2, config.depth) * size.block  # weights of two blocks that are fetched ahead
     ends = max(size.embedding, size.head)
-    visited = max(min(3, config.depth) * size.block, ends + two_blocks)
-
-    inputs = 0  # what is kept of every block
+    visited = max(min(3, config.depth) * size.block, ends + ahead)
     in_block = passing_bytes(config) + kept_bytes(config)
+    inputs = 0  # what is kept of every block
     if training and not config.activation_checkpointing:
         inputs = config.depth * config.stream_batch_size * block(config).kept_bytes
         in_block = passing_bytes(config)
     elif training and config.activation_location != "host":
         inputs = config.depth * boundary
-    common = 16 * config.stream_batch_size * config.sequence_length
+    common = 16 * config.stream_batch_size * config.sequence_length  # ids and targets
     if config.activation_checkpointing and not machine.on_gpu:
         common += GROWTH
 
-    # elements of weights and of fp32 gradients, boundaries, bytes beside what is kept
-    head_gradient = size.head if training else 0
+    def needed(weights: int, boundaries: int, gradients: int = 0, temporary: int = 0) -> float:
+        """Return the bytes of a phase with so many weights, boundaries and fp32 gradients, and
+        these temporary bytes beside what is kept."""
+        tensors = element_bytes(config) * weights + 4 * gradients + boundaries * boundary
+        return tensors + heap_bytes(inputs + temporary, machine) + common
+
+    gradients = size.head if training else 0
     phases = {
-        "embedding": (size.embedding + two_blocks, 0, 2, 0),
-        "forward": (visited, 0, 2, in_block),
-        "head": (size.head + two_blocks, head_gradient, 2, loss_bytes(config)),
+        "embedding": needed(size.embedding + ahead, boundaries=2),
+        "forward": needed(visited, boundaries=2, temporary=in_block),
+        "head": needed(size.head + ahead, 2, gradients, temporary=loss_bytes(config)),
     }
     if training:
         lookup = 8 * config.micro_batch_size * config.sequence_length * config.width
         if machine.on_gpu:
             lookup = table_bytes(config)
-        gradients = max(two_blocks, ends + size.block)
-        phases["backward"] = (visited, gradients, 1, in_block)
+        gradients = max(ahead, ends + size.block)
+        phases["backward"] = needed(visited, 1, gradients, temporary=in_block)
         gradients = size.block + size.embedding
-        phases["lookup"] = (size.embedding + two_blocks, gradients, 1, lookup)
-    return {
-        name: element * weights
-        + 4 * gradients
-        + boundaries * boundary
-        + heap_bytes(inputs + other, machine)
-        + common
-        for name, (weights, gradients, boundaries, other) in phases.items()
-    }
+        phases["lookup"] = needed(size.embedding + ahead, 1, gradients, temporary=lookup)
+    return phases
 
 
 def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> dict[str, int]:
@@ -353,19 +340,19 @@ def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> di
     gathered = size.total
     if config.reshard_after_forward:
         gathered = size.outside + min(2, config.depth) * size.block
-    device = element * (gathered + largest)  # they come in one piece and are then copied
-    device += loss_bytes(config)
+    # weights come in one piece and are then copied
+    device = element * (gathered + largest) + loss_bytes(config)
     if training:
         device += element * size.outside + (element + 4) * largest  # gradients on their way
         device += sum_bytes(config)
         # gradients of the table: the loss's, a GPU's lookup's, and one on its way to the sum
         device += (3 if machine.on_gpu else 1) * table_bytes(config)
-        if config.activation_checkpointing:
-            device += config.depth * boundary + kept_bytes(config)
-        else:
-            device += config.depth * kept_bytes(config)
-    else:
+    if not training:
         device += kept_bytes(config) + 2 * boundary
+    elif config.activation_checkpointing:
+        device += kept_bytes(config) + config.depth * boundary
+    else:
+        device += config.depth * kept_bytes(config)
     if not machine.on_gpu:
         device *= FRAGMENTATION[config.reshard_after_forward]
     if not config.offload:
@@ -379,13 +366,12 @@ def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> di
 
 def sum_bytes(config: Configuration) -> float:
     """Return the bytes in which a rank of the sharded engine sums gradients over micro-batches."""
-    if rank_sequences(config) <= config.micro_batch_size:
-        return 0
-    if not config.reshard_after_forward:
+    one_micro_batch = rank_sequences(config) <= config.micro_batch_size
+    if not (one_micro_batch or config.reshard_after_forward):
         return 4 * count(config)
-    if config.shard_group_size < config.num_systems:
-        return 4 * count(config) / config.shard_group_size
-    return 0  # they are summed in the shards
+    if one_micro_batch or config.shard_group_size == config.num_systems:
+        return 0  # they are summed in the shards
+    return 4 * count(config) / config.shard_group_size
 
 
 # Seconds
@@ -468,9 +454,8 @@ def sharded_step(config: Configuration, machine: Machine) -> Phase:
     per_gather = element_bytes(config) * gathered + 4 * size.total
     from_shards = times * per_gather * (shards - 1) / shards
     from_copies = 2 * (copies - 1) / copies * 4 * size.total / shards
-    one_machine = config.num_systems <= machine.processes
     near = machine.network if shards <= machine.processes else machine.fabric
-    far = machine.network if one_machine else machine.fabric
+    far = machine.network if config.num_systems <= machine.processes else machine.fabric
     seconds = from_shards / near + from_copies / far
     if config.offload:  # fp32 shards in and gradients out, and the update in host memory
         moved = 4 * times * (gathered + size.total) + STATE_BYTES * size.total

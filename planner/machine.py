@@ -1,5 +1,6 @@
 """What a machine has and how fast it is: this one, measured in a second or two, or a named GPU."""
 
+import fcntl
 import json
 import mmap
 import os
@@ -42,16 +43,9 @@ class Device:
     link: float
     network: float
 
-    def rates(self, precision: str) -> dict[str, float]:
-        """Return rates as `Machine` names them; tf32 has half of bf16's, as in all data sheets."""
-        matmul = {"bf16": self.bf16, "tf32": self.bf16 / 2, "fp32": self.fp32}[precision]
-        return {
-            "matmul": matmul,
-            "bandwidth": self.bandwidth,
-            "link": self.link,
-            "network": self.network,
-            "fabric": FABRIC,
-        }
+    def matmul(self, precision: str) -> float:
+        """Return the FLOP/s of a precision; tf32 has half of bf16's, as in all data sheets."""
+        return {"bf16": self.bf16, "tf32": self.bf16 / 2, "fp32": self.fp32}[precision]
 
 
 GEN4 = 25e9  # PCIe with 16 lanes
@@ -100,7 +94,7 @@ class Machine:
     read: float = nan
     write: float = nan
     network: float = nan
-    fabric: float = nan
+    fabric: float = FABRIC
     processes: int = 1
 
     @property
@@ -111,17 +105,16 @@ class Machine:
 def this_machine(config: Configuration, processes: int) -> Machine:
     """Measure this process's share of this machine, for a resolved backend and precision."""
     block(config)  # first, as what it imports is part of the program's memory
-    name = "this CPU"
-    memory = host_memory(config)
-    network = {"network": GLOO, "fabric": GLOO}
     disk = free_disk(config)
-    rates = measured_rates(config)
-    if config.backend == "GPU":
-        name = torch.cuda.get_device_name(0)
-        memory = torch.cuda.mem_get_info()[0]
-        known = known_device(name)
-        network = {"network": known.network if known else rates["link"], "fabric": FABRIC}
-    return machine_share(config, name, memory, disk, processes, rates | network)
+    if config.backend == "CPU":
+        rates = measured_rates(config) | {"network": GLOO, "fabric": GLOO}
+        memory = host_memory(config.host_memory)
+        return machine_share(config, "this CPU", memory, disk, processes, rates)
+    name = torch.cuda.get_device_name(0)
+    known = known_device(name)
+    rates = measured_rates(config, known)
+    rates["network"] = known.network if known else rates["link"]
+    return machine_share(config, name, torch.cuda.mem_get_info()[0], disk, processes, rates)
 
 
 def named_machine(name: str, config: Configuration) -> Machine:
@@ -131,11 +124,11 @@ def named_machine(name: str, config: Configuration) -> Machine:
     device = known.get(re.sub("[ _-]", "", name.lower()))
     if device is None:
         raise UserError(f"device: {name} is not known; known are {', '.join(DEVICES)}")
-    rates = device.rates(config.precision) | DRIVE
+    processes = min(config.num_systems, PER_MACHINE)
     disk = shutil.disk_usage(store_folder(config)).free
-    return machine_share(
-        config, name, device.memory, disk, min(config.num_systems, PER_MACHINE), rates
-    )
+    rates = {rate: getattr(device, rate) for rate in ("bandwidth", "link", "network")}
+    rates |= {"matmul": device.matmul(config.precision), **DRIVE}
+    return machine_share(config, name, device.memory, disk, processes, rates)
 
 
 def machine_share(
@@ -143,23 +136,14 @@ def machine_share(
 ) -> Machine:
     """Return the share of one of `processes`. memory: bytes of a CPU's host or of each GPU."""
     on_gpu = config.backend == "GPU"
-    device = int(memory)
     if config.memory_limit is not None:
-        device = parse_bytes(config.memory_limit, "memory_limit")
+        memory = parse_bytes(config.memory_limit, "memory_limit")
     if on_gpu or config.memory_limit is not None:
-        device = int(0.95 * device)  # the rest is lost to fragments, by a few percent more or less
-    if not on_gpu:
-        device //= processes
-    return Machine(
-        name=name,
-        backend=config.backend,
-        device=device,
-        host=host_memory(config) // processes if on_gpu else device,
-        disk=disk,
-        program=program_bytes(on_gpu),
-        processes=processes,
-        **rates,
-    )
+        memory *= 0.95  # the rest is lost to fragments, by a few percent more or less
+    device = int(memory) if on_gpu else int(memory) // processes
+    host = host_memory(config.host_memory) // processes if on_gpu else device
+    program = program_bytes(on_gpu)
+    return Machine(name, config.backend, device, host, disk, program, processes=processes, **rates)
 
 
 def known_device(name: str) -> Device | None:
@@ -172,11 +156,11 @@ def known_device(name: str) -> Device | None:
     return None
 
 
-def host_memory(config: Configuration | None = None) -> int:
+def host_memory(configured: str | None = None) -> int:
     """Return the bytes of the machine or its container, whichever has less, without the system's
     share; or what is configured."""
-    if config is not None and config.host_memory is not None:
-        return parse_bytes(config.host_memory, "host_memory")
+    if configured is not None:
+        return parse_bytes(configured, "host_memory")
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):  # Linux; a line `0::/path` names the group
         group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
@@ -233,21 +217,25 @@ def free_disk(config: Configuration) -> int:
     return shutil.disk_usage(folder).free
 
 
-def measured_rates(config: Configuration) -> dict[str, float]:
+def measured_rates(config: Configuration, known: Device | None = None) -> dict[str, float]:
     """Return rates of this machine, as `Machine` names them, measured now, or by another process in
-    this hour. For a disk that can't be measured they are those of DRIVE, and not kept."""
+    this hour; `matmul` of a known GPU as published. For a disk that can't be measured they are
+    those of DRIVE, and not kept."""
     folder = store_folder(config)
     disk = os.stat(folder).st_dev
     key = f"{config.backend} {config.precision} {torch.get_num_threads()} {disk}"
-    known = {"hour": time.time() // 3600}
+    kept = {"hour": time.time() // 3600}
     with suppress(OSError, ValueError, RecursionError, AttributeError):  # it may be damaged
         found = json.loads(rates_file().read_text())
-        if found.get("hour") == known["hour"]:
-            known = found
-    if key in known:
-        return known[key]
+        if found.get("hour") == kept["hour"]:
+            kept = found
+    if key in kept:
+        return kept[key]
     rates = measure_copies(config.backend)
-    rates["matmul"] = peak_flops(config.backend, config.precision)
+    if known and config.precision != "fp32":
+        rates["matmul"] = known.matmul(config.precision)
+    else:
+        rates["matmul"] = measure_products(config.backend, config.precision)
     try:
         rates |= measure_disk(folder)
     except OSError:
@@ -255,7 +243,7 @@ def measured_rates(config: Configuration) -> dict[str, float]:
     with suppress(OSError, UserError):  # else they are measured again
         rates_file().parent.mkdir(parents=True, exist_ok=True)
         with replacing(rates_file()) as writing:
-            writing.write_text(json.dumps(known | {key: rates}))
+            writing.write_text(json.dumps(kept | {key: rates}))
     return rates
 
 
@@ -265,15 +253,6 @@ def rates_file() -> Path:
     with suppress(RuntimeError):  # a user may have no home
         cache = cache or Path.home() / ".cache"
     return Path(cache or tempfile.gettempdir(), "gigagpt/rates.json")
-
-
-def peak_flops(backend: str, precision: str) -> float:
-    """Return FLOP/s of matrix products: a known GPU's published peak, else what they reach now."""
-    if backend == "GPU" and precision != "fp32":
-        known = known_device(torch.cuda.get_device_name(0))
-        if known is not None:
-            return known.rates(precision)["matmul"]
-    return measure_products(backend, precision)
 
 
 def measure_products(backend: str, precision: str) -> float:
@@ -320,16 +299,12 @@ def measure_disk(folder: Path) -> dict[str, float]:
             raise OSError(f"{folder} is full")
         os.fsync(descriptor)
 
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        try:
-            descriptor = os.open(file.name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            descriptor = os.open(file.name, os.O_RDWR)
-        try:
-            writing = best_of(write, 0.2)
-            reading = best_of(lambda: os.preadv(descriptor, [data], 0), 0.2)
-        finally:
-            os.close(descriptor)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        descriptor = file.fileno()
+        with suppress(OSError, AttributeError):  # not every file system or system can
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_DIRECT)
+        writing = best_of(write, 0.2)
+        reading = best_of(lambda: os.preadv(descriptor, [data], 0), 0.2)
     return {"read": SAMPLE / reading, "write": SAMPLE / writing}
 
 

@@ -5,7 +5,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from weakref import finalize
+from operator import attrgetter
+from weakref import WeakSet
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -18,6 +19,7 @@ from configuration import MODEL_KEYS, Configuration
 from model import GPT, GPTConfig
 from ops import plain
 
+_model_keys = attrgetter(*MODEL_KEYS)  # returns the arguments of a GPTConfig
 TOKENS = 2048  # that a block is measured with, or one sequence
 
 
@@ -64,14 +66,10 @@ def block(config: Configuration) -> Block:
     return _block(_model_keys(config), config.sequence_length, dtype, fused)
 
 
-def _model_keys(config: GPTConfig) -> tuple:
-    return tuple((key, getattr(config, key)) for key in MODEL_KEYS)
-
-
 @lru_cache(maxsize=16)
 def _sizes(keys: tuple) -> Sizes:
     with torch.device("meta"):
-        model = GPT(GPTConfig(**dict(keys)))
+        model = GPT(GPTConfig(*keys))
     counts = {
         name: sum(parameter.numel() for parameter in layer.parameters())
         for name, layer in model.layers().items()
@@ -90,7 +88,7 @@ def _sizes(keys: tuple) -> Sizes:
 
 @lru_cache(maxsize=16)
 def _block(keys: tuple, length: int, dtype: torch.dtype, fused: bool) -> Block:
-    config = GPTConfig(**dict(keys))
+    config = GPTConfig(*keys)
     with torch.device("meta"):
         one = GPT(replace(config, depth=1)).decoder[0].to(dtype)
     sequences = max(1, TOKENS // length)
@@ -128,29 +126,23 @@ class Live(TorchDispatchMode):
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()
-        self.now = 0
         self.most = 0
-        self.known = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+        self.alive = WeakSet()
+        self.own = {parameter.untyped_storage() for parameter in module.parameters()}
         shapes = {parameter.shape for parameter in module.parameters()}
         self.shapes = shapes | {shape[::-1] for shape in shapes}
+
+    @property
+    def now(self) -> int:
+        return sum(storage.nbytes() for storage in self.alive)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.shape not in self.shapes:
-                self._add(leaf.untyped_storage())
+                self.alive |= {leaf.untyped_storage()} - self.own
         self.most = max(self.most, self.now)
         return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.now += storage.nbytes()
-            finalize(storage, self._remove, storage._cdata, storage.nbytes())
-
-    def _remove(self, key: int, size: int) -> None:
-        self.known.remove(key)
-        self.now -= size
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *rest, **more) -> int:

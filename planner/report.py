@@ -7,7 +7,7 @@ from math import ceil
 from configuration import Configuration
 from planner import costs
 from planner.costs import TIERS, Plan
-from planner.search import closest, engine_plans, fewest_systems, first_fitting
+from planner.search import closest, engine_plans, fewest_systems
 
 TIER_NAMES = {"device": "memory", "host": "host memory", "disk": "disk"}
 MORE = {"device": "more memory", "host": "more host memory", "disk": "a larger disk (--stream_dir)"}
@@ -42,16 +42,15 @@ def on_or_off(value: bool) -> str:
 def describe(plan: Plan) -> str:
     """Describe a plan that fits, in a few lines."""
     config = plan.config
-    lines = [costs.headline(config)]
+    headline = costs.headline(config)
     checkpoint = f"checkpoint: {size_text(costs.checkpoint_bytes(config))}"
     if config.backend == "CSX":
-        return f"{lines[0]}, Cerebras systems: {config.num_systems}; {checkpoint}"
+        return f"{headline}, Cerebras systems: {config.num_systems}; {checkpoint}"
     micro_batches = ceil(costs.rank_sequences(config) / config.micro_batch_size)
-    shape = f"{config.micro_batch_size} × {config.sequence_length}"
-    lines[0] += f" in {count_text(micro_batches, 'micro-batch', 'micro-batches')} of {shape}"
+    pieces = count_text(micro_batches, "micro-batch", "micro-batches")
+    lines = [f"{headline} in {pieces} of {config.micro_batch_size} × {config.sequence_length}"]
     recomputing = f"activation checkpointing: {on_or_off(config.activation_checkpointing)}"
     received = size_text(plan.total("bytes_in"))
-    each = ""
     if config.engine == "streaming":
         written = size_text(plan.total("bytes_out"))
         passes = ceil(config.batch_size / config.stream_batch_size)
@@ -61,14 +60,13 @@ def describe(plan: Plan) -> str:
         )
     if plan.blocks_on_device:
         without = costs.make_plan(config, plan.machine, blocks=0)
-        moved = [each.total("bytes_in") + each.total("bytes_out") for each in (without, plan)]
+        saved = sum(without.total(way) - plan.total(way) for way in ("bytes_in", "bytes_out"))
         lines.append(
             f"{plan.blocks_on_device} of {config.depth} blocks stay on the device, which saves "
-            f"{size_text(moved[0] - moved[1])} of transfer and about "
+            f"{size_text(saved)} of transfer and about "
             f"{time_text(without.seconds - plan.seconds)} a step"
         )
     if config.engine == "sharded":
-        each = " on each"
         lines.append(
             f"{config.num_systems} processes, {config.shard_group_size} share a copy of the "
             f"weights; reshard after forward: {on_or_off(config.reshard_after_forward)}, "
@@ -79,8 +77,9 @@ def describe(plan: Plan) -> str:
         for tier, number in plan.bytes.items()
         if number
     )
+    on_each = " on each" if config.engine == "sharded" else ""
     lines.append(
-        f"{tiers}{each}, {checkpoint}; about {time_text(plan.seconds)} a step, "
+        f"{tiers}{on_each}, {checkpoint}; about {time_text(plan.seconds)} a step, "
         f"{time_text(plan.run_seconds)} for {count_text(config.num_steps, 'step', 'steps')}"
     )
     if seen := costs.epochs(config):
@@ -88,36 +87,34 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def warnings(plan: Plan) -> list[str]:
-    """Return what is probably a mistake, a line each."""
+def warnings(plan: Plan) -> Iterator[str]:
+    """Yield what is probably a mistake, a line each."""
     config = plan.config
-    lines = [
-        f"{name} is seen {number:.1f} times, and repeated text adds little above {MOST_EPOCHS}: "
-        f"lower num_steps or its weight, or prepare more"
-        for name, number in costs.epochs(config).items()
-        if number > MOST_EPOCHS
-    ]
     evaluating = plan.all_evals_seconds
     training = plan.seconds * config.num_steps
+    for name, number in costs.epochs(config).items():
+        if number > MOST_EPOCHS:
+            yield (
+                f"{name} is seen {number:.1f} times, and repeated text adds little above "
+                f"{MOST_EPOCHS}: lower num_steps or its weight, or prepare more"
+            )
     if evaluating > max(60, training):  # seconds
-        lines.append(
+        yield (
             f"evaluations take about {time_text(evaluating)} in all, training "
             f"{time_text(training)}; lower --eval_batches or raise --eval_steps"
         )
     if config.warmup_steps > config.num_steps:
-        lines.append(
+        yield (
             f"warmup_steps {config.warmup_steps} is above num_steps {config.num_steps}: the "
             f"learning rate never reaches its peak"
         )
-    return lines
 
 
-def refusal(config: Configuration, plans: list[Plan], training: bool = True) -> str:
-    """Say why nothing fits, and what would."""
-    plan = closest(plans)
+def refusal(config: Configuration, plan: Plan, training: bool = True) -> str:
+    """Say why a configuration does not fit, of which `plan` is the closest, and what would."""
     smaller = replace(config, micro_batch_size=None, stream_batch_size=None)
-    fitting = first_fitting(engine_plans(smaller, plan.machine, training))
-    if fitting is not None:
+    fitting = closest(engine_plans(smaller, plan.machine, training))
+    if not fitting.missing:
         key = "stream_batch_size" if config.micro_batch_size is None else "micro_batch_size"
         most = getattr(fitting.config, key)
         return f"{key}: {getattr(config, key)} sequences do not fit in memory, {most} do"

@@ -19,7 +19,7 @@ from ops import has_units
 from planner.costs import TIERS, Phase, Plan
 from planner.machine import Machine, store_folder, this_machine
 from planner.report import refusal
-from planner.search import engine_plan, engine_plans, first_fitting
+from planner.search import closest, engine_plan, engine_plans
 
 # Keys whose other values would round differently
 ROUNDING = (
@@ -46,15 +46,16 @@ def resolve(
         check_records(config)
     if config.engine == "cerebras":
         check_package()
-        if config.backend == "CSX":
-            return on_cluster(config)
+        if config.backend == "CSX":  # plans the run itself: its memory is not known here
+            nothing = dict.fromkeys(TIERS, 0)
+            machine = Machine("Cerebras", "CSX", **nothing)
+            return Plan(config, machine, nothing, [Phase(nan, nan)])
     with suppress(OSError):
         remove_abandoned(store_folder(config))  # before the free space is measured
     machine = this_machine(config, processes)
-    plans = engine_plans(config, machine, training)
-    plan = first_fitting(plans)
-    if plan is None:
-        raise UserError(refusal(config, plans, training))
+    plan = closest(engine_plans(config, machine, training))
+    if plan.missing:
+        raise UserError(refusal(config, plan, training))
     same_engine = plan.config.engine == resolved_before.get("engine")
     if same_engine and config.num_systems == resolved_before.get("num_systems"):
         again = keep_rounding(replace(config, engine=plan.config.engine), resolved_before)
@@ -164,15 +165,19 @@ def check_engine(config: Configuration) -> None:
     engine = config.engine
     systems = config.num_systems
     size = config.micro_batch_size
+    each = config.batch_size // systems
     if engine == "cerebras" and config.backend == "CPU":
         wrong = "but the cerebras engine on a CPU"
         if systems > 1:
             raise UserError(f"num_systems: {systems}, {wrong} is one; use --backend CSX")
-        if size not in (None, config.batch_size):
+        if size not in (None, each):
             raise UserError(f"micro_batch_size: {size}, {wrong} runs the batch in one piece")
-    if systems % (config.shard_group_size or 1) != 0:
-        wrong = f"does not divide num_systems {systems}"
-        raise UserError(f"shard_group_size: {config.shard_group_size} {wrong}")
+    elif engine == "cerebras" and size is not None and size > each:
+        wrong = f"is more than the {each} sequences of the batch for each system"
+        raise UserError(f"micro_batch_size: {size} {wrong}")
+    group = config.shard_group_size or 1
+    if systems % group != 0:
+        raise UserError(f"shard_group_size: {group} does not divide num_systems {systems}")
     if systems > 1 and engine in ("resident", "streaming"):
         wrong = f"runs on one system, num_systems is {systems}"
         raise UserError(f"engine: {engine} {wrong}; use --engine auto or --num_systems 1")
@@ -202,15 +207,3 @@ def check_package() -> None:
     if torch.__version__.partition("+")[0] != wanted:
         wrong = f"engine: cerebras needs torch {wanted}, this is {torch.__version__}"
         raise UserError(f"{wrong}; make an environment of its own: {CEREBRAS}")
-
-
-def on_cluster(config: Configuration) -> Plan:
-    """Return the plan of a run on Cerebras systems, which plan it themselves: their memory is not
-    known here."""
-    size = config.micro_batch_size
-    each = config.batch_size // config.num_systems
-    if size is not None and size > each:
-        wrong = f"is more than the {each} sequences of the batch for each system"
-        raise UserError(f"micro_batch_size: {size} {wrong}")
-    nothing = dict.fromkeys(TIERS, 0)
-    return Plan(config, Machine("Cerebras", "CSX", **nothing), nothing, [Phase(nan, nan)])

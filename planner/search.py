@@ -22,28 +22,22 @@ def engine_plans(config: Configuration, machine: Machine, training: bool = True)
     return [engine_plan(replace(config, engine=e), machine, training) for e in engines]
 
 
-def first_fitting(plans: list[Plan]) -> Plan | None:
-    return next((plan for plan in plans if not plan.missing), None)
-
-
 def closest(plans: list[Plan]) -> Plan:
-    """Return the plan with the fewest missing bytes."""
+    """Return the first plan that fits, or the one with the fewest missing bytes."""
     return min(plans, key=lambda plan: sum(plan.missing.values()))
 
 
 def engine_plan(config: Configuration, machine: Machine, training: bool) -> Plan:
     """Return the fastest plan of one engine that fits, or the closest to fitting."""
-    plans = [
-        largest_plan(choice, machine, training) for choice in candidates(config, machine, training)
-    ]
-    fitting = [plan for plan in plans if not plan.missing]
-    if not fitting:
-        return closest(plans)
+    choices = candidates(config, machine, training)
+    plans = [largest_plan(choice, machine, training) for choice in choices]
+    first = closest(plans)
+    if first.missing:
+        return first
     # host memory or other machines only where the devices of this one are not enough
-    near = [plan for plan in fitting if location(plan) == location(fitting[0])]
+    near = [plan for plan in plans if not plan.missing and location(plan) == location(first)]
     enough = SIMILAR * min(plan.seconds for plan in near)
-    fast = [plan for plan in near if plan.seconds <= enough]
-    best = min(fast, key=memory_used)
+    best = min((plan for plan in near if plan.seconds <= enough), key=memory_used)
     if config.engine == "streaming" and config.stream_batch_size is None:
         best.eval_sequences = most_eval_sequences(best, training)
     return best
@@ -111,10 +105,10 @@ def fewest_passes(config: Configuration, machine: Machine, training: bool) -> Pl
 
     if config.stream_batch_size is not None:
         together = config.stream_batch_size // config.micro_batch_size
-        return plan(max(1, min(together, micro_batches)))
+        return plan(min(together, micro_batches))
     passes = range(1, micro_batches)
-    fewest = bisect_left(passes, True, key=lambda n: not plan(ceil(micro_batches / n)).missing)
-    return plan(ceil(micro_batches / (fewest + 1)))
+    fewer = bisect_left(passes, True, key=lambda n: not plan(ceil(micro_batches / n)).missing)
+    return plan(ceil(micro_batches / (fewer + 1)))
 
 
 def most_eval_sequences(plan: Plan, training: bool) -> int:
@@ -132,18 +126,11 @@ def most_eval_sequences(plan: Plan, training: bool) -> int:
 def fewest_systems(config: Configuration, machine: Machine, training: bool = True) -> int | None:
     """Return the smallest number of such GPUs, 1 to 8 or whole machines, on which the model fits
     without offloading; None where the batch has too few sequences, or on a CPU."""
+    smallest = replace(config, engine="sharded", micro_batch_size=1, offload=False)
+    smallest = replace(smallest, activation_checkpointing=True, reshard_after_forward=True)
 
     def fits(systems: int) -> bool:
-        there = replace(
-            config,
-            engine="sharded",
-            num_systems=systems,
-            shard_group_size=systems,
-            micro_batch_size=1,
-            activation_checkpointing=True,
-            reshard_after_forward=True,
-            offload=False,
-        )
+        there = replace(smallest, num_systems=systems, shard_group_size=systems)
         return "device" not in make_plan(there, machine, training).missing
 
     most = config.batch_size if machine.on_gpu else 0

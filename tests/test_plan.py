@@ -16,7 +16,7 @@ from model import Block
 from planner.costs import Plan, make_plan, moved_bytes, step_flops
 from planner.machine import DEVICES, Machine, known_device
 from planner.measure import block, sizes
-from planner.search import engine_plans, first_fitting
+from planner.search import closest, engine_plans
 
 GPT2 = {"width": 768, "depth": 10, "heads": 12, "precision": "bf16", "batch_size": 16}
 BLOCK, OUTSIDE = 7_087_872, 40_171_776  # parameters of 111m: a block, and all but the blocks
@@ -31,7 +31,7 @@ def gpu(**changes) -> Machine:
 
 def planned(machine: Machine, **keys) -> Plan:
     plans = engine_plans(Configuration(**GPT2 | {"backend": machine.backend} | keys), machine)
-    return first_fitting(plans)
+    return closest(plans)
 
 
 def test_sizes_by_hand():
@@ -93,7 +93,7 @@ def test_engines_follow_memory():
     assert (small.engine, small.stream_to) == ("streaming", "ram")
     tiers = {"device": 12 * 10**9, "host": 8 * 10**9}
     assert planned(gpu(**tiers), **middle).config.stream_to == "disk"
-    assert planned(gpu(**tiers, disk=10**10), **middle) is None
+    assert planned(gpu(**tiers, disk=10**10), **middle).missing
     big = {"width": 4096, "depth": 32, "heads": 32, "batch_size": 64}
     roomy, tight = (planned(gpu(device=d * 10**9), **big).config for d in (76, 24))
     assert roomy.activation_checkpointing and tight.activation_checkpointing
