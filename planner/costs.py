@@ -301,7 +301,7 @@ def streaming_phases(config: Configuration, machine: Machine, training: bool) ->
     if training and not config.activation_checkpointing:
         inputs = config.depth * config.stream_batch_size * block(config).kept_bytes
         in_block = passing_bytes(config)
-    elif training and config.activation_location != "host":
+    elif training and not (machine.on_gpu and config.activation_location == "host"):
         inputs = config.depth * boundary
     common = 16 * config.stream_batch_size * config.sequence_length  # ids and targets
     if config.activation_checkpointing and not machine.on_gpu:
