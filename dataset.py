@@ -105,14 +105,21 @@ class TrainData:
         they are due: Webster's method, which the Sainte-Laguë seats of a parliament follow, too.
         """
         slack = len(self.shares)  # the place of a sequence is nearer than this to when it is due
-        begins = [max(0, int(share * (first - slack)) - 2) for share in self.shares]
-        ends = [int(share * (first + count + slack)) + 3 for share in self.shares]
-        indices = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
-        due = [(n + 0.5) / share for n, share in zip(indices, self.shares, strict=True)]
+        before = 0  # sequences that are due before those that are ordered here
+        source_of = []
+        indices = []
+        due = []
+        for source, share in enumerate(self.shares):
+            begin = max(0, int(share * (first - slack)) - 2)
+            end = int(share * (first + count + slack)) + 3
+            numbers = np.arange(begin, end)
+            before += begin
+            source_of.append(np.full_like(numbers, source))
+            indices.append(numbers)
+            due.append((numbers + 0.5) / share)
         order = np.argsort(np.concatenate(due), kind="stable")
-        order = order[first - sum(begins) :][:count]
-        source_of = np.repeat(np.arange(len(indices)), [len(n) for n in indices])
-        return source_of[order], np.concatenate(indices)[order]
+        chosen = order[first - before :][:count]
+        return np.concatenate(source_of)[chosen], np.concatenate(indices)[chosen]
 
 
 def check_alike(opened: list[Tokens]) -> None:

@@ -75,7 +75,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for key in (field.name for field in fields(GPTConfig) if "int" in str(field.type)):
-            value, most = getattr(self, key), LARGEST.get(key, 10**6)
+            value = getattr(self, key)
+            most = LARGEST.get(key, 10**6)
             if value is not None and not 1 <= value <= most:
                 raise ValueError(f"{key}: {value} is not from 1 to {most:,}")
         if self.head_width is None and self.width % self.heads:
@@ -134,6 +135,11 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + torch.cat([-second, first], dim=-1) * sine
 
 
+def repeated(x: Tensor, times: int) -> Tensor:
+    """Repeats each head of (batch, heads, length, head_size), which copies only if times > 1."""
+    return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
 class Attention(nn.Module):
     """Causal self-attention; a group of heads may share keys and values."""
 
@@ -155,12 +161,15 @@ class Attention(nn.Module):
             for part in self.qkv(x).split(config.qkv_widths, dim=2)
         )
         if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         if config.positions == "rotary":
             angles = [part.to(x.dtype) for part in rotary(config, x.shape[1], x.device)]
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        group = (-1, -1, q.shape[1] // k.shape[1], -1, -1)
-        k, v = (part.unsqueeze(2).expand(group).flatten(1, 2) for part in (k, v))
+            q = rotate(q, *angles)
+            k = rotate(k, *angles)
+        group = q.shape[1] // k.shape[1]  # heads that share keys and values
+        k = repeated(k, group)
+        v = repeated(v, group)
         dropout = config.dropout if self.training else 0.0
         y = ops.attention(q, k, v, is_causal=True, dropout_p=dropout)
         y = self.proj(y.transpose(1, 2).flatten(2))

@@ -35,9 +35,11 @@ def engine_plan(config: Configuration, machine: Machine, training: bool) -> Plan
     if first.missing:
         return first
     # host memory or other machines only where the devices of this one are not enough
-    near = [plan for plan in plans if not plan.missing and location(plan) == location(first)]
+    fitting = [plan for plan in plans if not plan.missing]
+    near = [plan for plan in fitting if location(plan) == location(first)]
     enough = SIMILAR * min(plan.seconds for plan in near)
-    best = min((plan for plan in near if plan.seconds <= enough), key=memory_used)
+    fast = [plan for plan in near if plan.seconds <= enough]
+    best = min(fast, key=memory_used)
     if config.engine == "streaming" and config.stream_batch_size is None:
         best.eval_sequences = most_eval_sequences(best, training)
     return best
