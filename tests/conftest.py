@@ -129,6 +129,10 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(dataset, tmp_path) -> SimpleNamespace:
+    return small_config(tmp_path, dataset)
+
+
+def small_config(folder: Path, dataset: Path, **changes: object) -> SimpleNamespace:
     """A configuration file of a small model (path), its values, and its out_dir."""
     values = {
         "width": 32,
@@ -136,7 +140,7 @@ def config(dataset, tmp_path) -> SimpleNamespace:
         "heads": 2,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 32,
-        "out_dir": str(tmp_path / "out"),
+        "out_dir": str(folder / "out"),
         "dataset": str(dataset),
         "batch_size": 4,
         "sequence_length": 32,
@@ -147,10 +151,10 @@ def config(dataset, tmp_path) -> SimpleNamespace:
         "learning_rate": 1e-2,
         "warmup_steps": 2,
         "backend": "CPU",
-    }
-    path = tmp_path / "small.yaml"
+    } | changes
+    path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(values))
-    return SimpleNamespace(path=str(path), values=values, out=tmp_path / "out")
+    return SimpleNamespace(path=str(path), values=values, out=folder / "out")
 
 
 @pytest.fixture

@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import yaml
-from conftest import ROOT, worked
+from conftest import ROOT, small_config, worked
 
 from configuration import Configuration
 from dataset import EvalData, TrainData
@@ -54,11 +58,38 @@ def eval_data(dataset: str | Path, *keys: object, **more: object) -> EvalData:
     return EvalData(data_config(dataset, *keys, **more), str(dataset))
 
 
+def train_once(folder: Path, dataset: Path, **changes: object) -> SimpleNamespace:
+    """Train a small model for tests that only read the run; return its configuration: path, values
+    and out."""
+    import train
+
+    config = small_config(folder, dataset, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", config.path])
+        train.main()
+    return config
+
+
 def typed(*words: object) -> str:
     """Type a command of Python, offline; return what it printed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, *map(str, words)]
     return worked(subprocess.run(line, cwd=ROOT, env=environment, text=True, capture_output=True))
+
+
+@contextmanager
+def peak_memory_of() -> Iterator[SimpleNamespace]:
+    """Measure by how many bytes (`grown`) the block raises the memory of this process."""
+
+    def memory(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = memory("VmRSS")
+    peak = SimpleNamespace()
+    yield peak
+    peak.grown = memory("VmHWM") - before
 
 
 def bits_in_lm_eval(model: Path, text: str, folder: Path, *more: str) -> float:

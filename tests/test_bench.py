@@ -10,10 +10,30 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, refused, worked
+from conftest import ROOT
 
-SMALL = ["--width", 64, "--depth", 2, "--vocab_size", 257, "--sequence_length", 64]
-SMALL += ["--rounds", 1, "--steps", 1]
+from common.console import UserError
+
+SMALL = {"width": 64, "depth": 2, "vocab_size": 257, "sequence_length": 64}
+SMALL |= {"rounds": 1, "steps": 1, "name": "it"}
+
+
+@pytest.fixture
+def compare(monkeypatch, tmp_path):
+    """compare(**keys): what the sides of bench/compare.py found, on a small model."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from compare import main
+
+    def compare(**keys: object) -> dict[str, dict]:
+        main(**SMALL | {"tokens": 64, "out": str(tmp_path / "results.jsonl"), "sides": []} | keys)
+        return found(tmp_path)
+
+    return compare
+
+
+def found(out: Path) -> dict[str, dict]:
+    """The sides of the last result."""
+    return json.loads((out / "results.jsonl").read_text().splitlines()[-1])["sides"]
 
 
 def begin(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
@@ -25,17 +45,6 @@ def begin(*arguments: object, cwd: Path = ROOT, **environment: str) -> subproces
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def bench(*arguments: object, **more: object) -> subprocess.CompletedProcess:
-    run = begin(*arguments, **more)
-    out, err = run.communicate()
-    return subprocess.CompletedProcess(run.args, run.returncode, out, err)
-
-
-def results(out: Path) -> dict[str, dict]:
-    lines = (out / "results.jsonl").read_text().splitlines()
-    return {line["name"]: line for line in map(json.loads, lines)}
 
 
 def children(parent: int) -> int:
@@ -51,9 +60,9 @@ def children(parent: int) -> int:
 def test_sides_train_the_same_shape(tmp_path):
     """Eight sequences of random tokens in two steps: the loss is near that of a guess. One side
     has ended when the next begins."""
-    sides = ["--sides", "[streaming-disk,transformers,fsdp-offload]", "--name", "it"]
-    run = ["--tokens", 512, "--micro_batch_size", 2, "--out", tmp_path / "results.jsonl"]
-    process = begin("bench/compare.py", *SMALL, *run, *sides)
+    keys = SMALL | {"tokens": 512, "micro_batch_size": 2, "out": tmp_path / "results.jsonl"}
+    keys["sides"] = "[streaming-disk,transformers,fsdp-offload]"
+    process = begin("bench/compare.py", *(f"--{key}={value}" for key, value in keys.items()))
     together = 0
     while process.poll() is None:
         together = max(together, children(process.pid))
@@ -62,64 +71,68 @@ def test_sides_train_the_same_shape(tmp_path):
     assert process.returncode == 0, err
     assert together == 1
     assert "with one process FSDP2 copies weights in the stream that computes" in out
-    line = results(tmp_path)["it"]
-    assert line["roof"] > 1e9
-    assert set(line["sides"]) == {"resident", "streaming-disk", "transformers", "fsdp-offload"}
-    for name, side in line["sides"].items():
+    assert json.loads((tmp_path / "results.jsonl").read_text())["roof"] > 1e9
+    sides = found(tmp_path)
+    assert set(sides) == {"resident", "streaming-disk", "transformers", "fsdp-offload"}
+    for name, side in sides.items():
         assert abs(side["loss"] - 5.55) < 0.5, name
         assert side["tokens_per_second"] > 0 and side["peak_bytes"] > 1e8, name
         assert side["loader"] < 0.5, name
         assert name == "resident" or side["lowest"] <= side["ratio"] <= side["highest"], name
-    assert line["sides"]["resident"]["planned"]["seconds"] > 0
+    assert sides["resident"]["planned"]["seconds"] > 0
 
 
 @pytest.mark.long
-def test_a_side_that_fails_says_why(tmp_path):
+def test_a_side_that_fails_says_why(compare, tmp_path, capsys):
     """Its last lines are kept, and what the others did."""
     (tmp_path / "train.py").touch()
     (tmp_path / "model.py").write_text("class GPTConfig:\n    pass\n")
-    run = ["--tokens", 64, "--out", tmp_path / "results.jsonl", "--name", "it"]
-    sides = ["--nanogpt", tmp_path, "--sides", "[nanogpt-bf16]"]
-    seen = worked(bench("bench/compare.py", *SMALL, *run, *sides))
+    sides = compare(nanogpt=str(tmp_path), sides=["nanogpt-bf16"])
+    seen = capsys.readouterr().out
     assert "nanogpt-bf16            failed: TypeError: GPTConfig() takes no arguments" in seen
-    sides = results(tmp_path)["it"]["sides"]
     assert sides["nanogpt-bf16"]["error"].startswith("Traceback (most recent call last):")
     assert sides["resident"]["tokens_per_second"] > 0
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("key", ["memory_limit", "host_memory"])
-def test_memory_is_limited_as_in_training(tmp_path, key):
-    run = ["--tokens", 64, "--out", tmp_path / "results.jsonl", "--name", "it", "--sides", "[]"]
-    seen = bench("bench/compare.py", *SMALL, *run, f"--{key}", "1MB")
-    assert seen.returncode == 1
-    message = "error: resident: common.console.UserError: this model does not fit: "
-    assert seen.stderr.splitlines()[-1].startswith(message)
-    assert len(results(tmp_path)["it"]["sides"]["resident"]["error"].splitlines()) > 5
+def test_memory_is_limited_as_in_training(compare, tmp_path, key):
+    message = "^resident: common.console.UserError: this model does not fit: "
+    with pytest.raises(UserError, match=message):
+        compare(**{key: "1MB"})
+    assert len(found(tmp_path)["resident"]["error"].splitlines()) > 5
 
 
 @pytest.mark.long
-def test_recomputing_is_chosen_as_in_training(tmp_path):
+def test_recomputing_is_chosen_as_in_training(compare):
     flops = []
-    for checkpointing in ("true", "false"):
-        run = ["--tokens", 64, "--out", tmp_path / "results.jsonl", "--name", "it"]
-        run += ["--base", "streaming-ram", "--activation_checkpointing", checkpointing]
-        worked(bench("bench/compare.py", *SMALL, *run, "--sides", "[]"))
-        side = results(tmp_path)["it"]["sides"]["streaming-ram"]
+    for checkpointing in (True, False):
+        sides = compare(base="streaming-ram", activation_checkpointing=checkpointing)
+        side = sides["streaming-ram"]
         flops.append(side["hardware_flops"] / side["tokens_per_second"])
     assert flops[0] > 1.1 * flops[1]
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("side", "message"),
     [
-        (["--sides", "[torchtitan]"], "sides: torchtitan is not known; known are resident, "),
-        (["--sides", "[litgpt-compiled]"], "sides: litgpt-compiled needs --peers_python"),
-        (["--sides", "[nanogpt-bf16]"], "sides: nanogpt-bf16 needs --nanogpt and a folder"),
+        ("torchtitan", "sides: torchtitan is not known; known are resident, "),
+        ("litgpt-compiled", "sides: litgpt-compiled needs --peers_python"),
+        ("nanogpt-bf16", "sides: nanogpt-bf16 needs --nanogpt and a folder"),
     ],
 )
-def test_sides_that_cannot_be(flags, message):
-    refused(bench("bench/compare.py", *flags), message)
+def test_sides_that_cannot_be(compare, side, message):
+    with pytest.raises(UserError, match=message):
+        compare(sides=[side])
+
+
+OTHER_STAGES = """
+import gpu
+for name in ("resident-2p7b", "fsdp-2p7b", "resident-6p7b"):  # as others but for their numbers
+    del gpu.STAGES["c"][name]
+for stage in "bcd":
+    gpu.run(stage, out="there", toy=True)
+"""
 
 
 @pytest.mark.long
@@ -129,14 +142,18 @@ def test_the_gpu_script_on_tiny_models(tmp_path):
     (tmp_path / "site").mkdir()
     script = f"import sys; open({str(tmp_path / 'seen')!r}, 'a').write(f'{{sys.orig_argv}}')"
     (tmp_path / "site" / "sitecustomize.py").write_text(script)
-    words = [ROOT / "bench/gpu.py", "run", "--toy", "true", "--out", "there", "--stage"]
-    for stage in "abcd":
-        worked(bench(*words, stage, cwd=tmp_path, PYTHONPATH="site"))
+    script = ROOT / "bench/gpu.py"
+    typed = [script, "run", "--toy", "true", "--out", "there", "--stage", "a"]
+    path = os.pathsep.join(["site", str(ROOT / "bench")])
+    for words in (typed, ["-c", OTHER_STAGES]):
+        process = begin(*words, cwd=tmp_path, PYTHONPATH=path)
+        out, err = process.communicate()
+        assert process.returncode == 0, out + err
     out = tmp_path / "there"
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     named = {line["name"]: line for line in lines}
     sides = [side for line in lines for side in line.get("sides", {}).values()]
-    assert len(sides) == 11 and not [side for side in sides if "error" in side]
+    assert len(sides) == 7 and not [side for side in sides if "error" in side]
     assert {"device", "products", "copies", "head", "disk", "begin", "overlap"} <= set(named)
     assert named["pinning"]["works"] and len(named["pinning"]["totals"]) == 4
     steps = [line for line in lines if line["name"] == "sweep"]

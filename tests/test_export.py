@@ -5,14 +5,17 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, VOCABULARY, records, write_dataset
+from helpers import train_once
 from safetensors.torch import load_file, save_file
 from test_train import refused
 
@@ -22,19 +25,24 @@ from runtime.samples import Sampling, draw
 from weights.checkpoint import MODEL_CODE, Checkpoint, model_code
 from weights.huggingface import INDEX, load_model, load_tokenizer
 
-SHAPES = {
-    "small": {"width": 32, "depth": 2, "heads": 2},
-    "odd": {"width": 48, "depth": 3, "heads": 4, "activation": "gelu_new"},
-}
+ODD = {"width": 48, "depth": 3, "heads": 4, "activation": "gelu_new"}
+SHAPES = {"small": {}, "odd": ODD, "no bias": {"bias": "false"}, "untied": {"tied_head": "false"}}
 
 
-@pytest.fixture(params=SHAPES)
-def trained(request, run, config) -> Path:
-    """A checkpoint whose biases and norms are not what they were at the start."""
-    shape = [part for k, v in SHAPES[request.param].items() for part in (f"--{k}", v)]
-    seen = run("train", config.path, *shape, "--num_steps", 3, "--warmup_steps", 0)
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory) -> SimpleNamespace:
+    """A run of six steps (path, values, out) whose biases and norms are not what they were at the
+    start, and its checkpoint. No test changes it."""
+    config = train_once(tmp_path_factory.mktemp("trained"), dataset, **ODD, warmup_steps=0)
+    config.checkpoint = config.out / "checkpoint_6.mdl"
+    return config
+
+
+@pytest.fixture
+def exported(run, trained, tmp_path) -> Path:
+    seen = run("export", "--checkpoint_path", trained.checkpoint, "--out", tmp_path / "exported")
     assert seen.status == 0, seen.err
-    return config.out / "checkpoint_3.mdl"
+    return tmp_path / "exported"
 
 
 def our_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
@@ -45,14 +53,16 @@ def our_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
         return model(ids)
 
 
-def test_exported_model_is_the_same(run, trained, tmp_path):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exported_model_is_the_same(run, config, tmp_path, shape):
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    out = tmp_path / "exported"
-    assert run("export", "--checkpoint_path", trained, "--out", out).status == 0
+    out, flags = tmp_path / "exported", [f"--{key}={value}" for key, value in SHAPES[shape].items()]
+    run("train", config.path, *flags, "--num_steps", 3, "--warmup_steps", 0)
+    assert run("export", "--checkpoint_path", config.out, "--out", out).status == 0
     theirs, report = GPT2LMHeadModel.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    checkpoint = Checkpoint(trained)
+    checkpoint = Checkpoint(config.out / "checkpoint_3.mdl")
     assert theirs.config.activation_function == checkpoint.config.activation
     ids = torch.randint(VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(0))
     expected = our_logits(checkpoint, ids)
@@ -60,14 +70,14 @@ def test_exported_model_is_the_same(run, trained, tmp_path):
     assert (theirs.eval()(ids).logits - expected).abs().max() < 1e-4
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.decode(tokenizer("a b\ncd")["input_ids"]) == "a b\ncd"
-    refused(run("export", "--checkpoint_path", trained, "--out", out), "is not an empty folder")
+    refused(run("export", "--checkpoint_path", config.out, "--out", out), "is not an empty folder")
 
 
 def test_the_files_of_an_export(run, trained, tmp_path, monkeypatch):
     """As transformers writes them: one, or several with their index, in the same order."""
     for name, largest in (("one", 10**9), ("several", 40_000)):
         monkeypatch.setattr("weights.huggingface.LARGEST_FILE", largest)
-        seen = run("export", "--checkpoint_path", trained, "--out", tmp_path / name)
+        seen = run("export", "--checkpoint_path", trained.out, "--out", tmp_path / name)
         assert seen.status == 0, seen.err
     (one,) = (tmp_path / "one").glob("*.safetensors")
     assert one.name == "model.safetensors" and not (tmp_path / "one" / INDEX).exists()
@@ -86,177 +96,141 @@ def test_the_files_of_an_export(run, trained, tmp_path, monkeypatch):
     assert keys["tokenizer_class"] == "PreTrainedTokenizerFast" and "bos_token" not in keys
 
 
-def test_evaluating_a_released_model(run, trained, config, tmp_path):
+def test_evaluating_a_released_model(run, trained, exported, tmp_path):
     """As its checkpoint does, and as the training from it says before its first step."""
-    out, tuned = tmp_path / "exported", tmp_path / "tuned"
-    run("export", "--checkpoint_path", trained, "--out", out)
-    shape = [part for key in ("width", "depth", "heads") for part in (f"--{key}", 8)]
+    tuned, shape = tmp_path / "tuned", ["--width", 8, "--depth", 8, "--heads", 8]
     results = []
-    for flags in (["--init_from", out, *shape], ["--checkpoint_path", trained, "--init_from", out]):
-        seen = run("eval", config.path, "--json", *flags)
+    for flags in (["--init_from", exported, *shape], ["--checkpoint_path", "latest"]):
+        seen = run("eval", trained.path, "--json", *flags)
         assert seen.status == 0, seen.err
         results.append(json.loads(seen.out))
     assert results[0]["step"] == 0
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6)
-    flags = ["--init_from", out, "--out_dir", tuned, "--num_steps", 3, "--eval_on_start", "true"]
-    assert "step 0/3 | val_loss" in run("train", config.path, *flags).out
+    start = ["--init_from", exported]
+    flags = [*start, "--out_dir", tuned, "--num_steps", 3, "--eval_on_start", "true"]
+    assert "step 0/3 | val_loss" in run("train", trained.path, *flags).out
     first, last = records(tuned, "val_loss")
     assert (first["step"], last["step"]) == (0, 3)
     assert first["val_loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
-    seen = run("plan", config.path, "--init_from", out)
-    weights = Checkpoint(trained).weights
-    count = sum(math.prod(Checkpoint(trained).tensors[name]["shape"]) for name in weights)
+    seen = run("plan", trained.path, *start)
+    checkpoint = Checkpoint(trained.checkpoint)
+    count = sum(math.prod(checkpoint.tensors[name]["shape"]) for name in checkpoint.weights)
     assert seen.status == 0 and f"{count:,} parameters" in seen.out, seen.err
-    (out / "config.json").unlink()
-    (out / "model.safetensors").rename(out / "pytorch_model.bin")
-    for words in (["eval", config.path], ["plan", config.path], ["sample", "--prompt", "a"]):
-        refused(run(*words, "--init_from", out), f"init_from: {out}: ")
+    (exported / "config.json").unlink()
+    (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
+    for words in (["eval", trained.path], ["plan", trained.path], ["sample", "--prompt", "a"]):
+        refused(run(*words, *start), f"init_from: {exported}: ")
 
 
-def test_there_and_back(run, trained, config, tmp_path):
-    """init_from an exported model evaluates to the same loss: both ways are right."""
-    out, back = tmp_path / "exported", tmp_path / "back"
-    run("export", "--checkpoint_path", trained, "--out", out)
-    seen = run(
-        *("train", config.path, "--init_from", out, "--out_dir", back, "--num_steps", 1),
-        *("--learning_rate", 1e-30, "--warmup_steps", 0, "--weight_decay", 0),
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back(run, config, trained, exported, dtype):
+    """A training from an exported model, also in half precision, begins with the same weights."""
+    for file in exported.glob("*.safetensors"):
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    flags = ["--num_steps", 1, "--learning_rate", 1e-30, "--warmup_steps", 0, "--weight_decay", 0]
+    seen = run("train", config.path, "--init_from", exported, *flags)
     assert seen.status == 0, seen.err
-    assert f"starting from the weights of {out}" in seen.out
-    a, b = (Checkpoint(path) for path in (trained, back / "checkpoint_1.mdl"))
-    for key in ("width", "depth", "heads", "activation"):
+    assert f"starting from the weights of {exported}" in seen.out
+    a, b = Checkpoint(trained.checkpoint), Checkpoint(config.out / "checkpoint_1.mdl")
+    for key in ODD:
         assert getattr(a.config, key) == getattr(b.config, key)
     for name in a.tensors:
         if not name.startswith("exp_avg"):
-            assert torch.equal(a.read(name), b.read(name)), name
+            assert torch.equal(a.read(name).to(dtype).float(), b.read(name)), name
 
 
-def test_init_from_weights_of_transformers(run, config, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=40, n_embd=32, n_layer=2, n_head=4)
-    theirs = GPT2LMHeadModel(shape).eval()
-    for parameter in theirs.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    theirs.save_pretrained(tmp_path / "gpt2")
-    seen = run(
-        *("train", config.path, "--init_from", tmp_path / "gpt2", "--num_steps", 1),
-        *("--learning_rate", 1e-30, "--weight_decay", 0),
-    )
-    assert seen.status == 0, seen.err
-    checkpoint = Checkpoint(config.out / "checkpoint_1.mdl")
-    assert checkpoint.config.activation == "gelu_new"
-    assert checkpoint.config.max_position_embeddings == 40
-    ids = torch.randint(VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
-    assert (our_logits(checkpoint, ids) - theirs(ids).logits).abs().max() < 1e-4
-
-
-def test_what_model_cannot_compute(run, config, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig
-
-    GPTNeoXConfig().save_pretrained(tmp_path / "neox")
-    seen = run("train", config.path, "--init_from", tmp_path / "neox")
-    refused(seen, "its model_type is 'gpt_neox'; known are gpt2, llama, mistral, qwen2, qwen3")
-    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=1, n_head=4)
-    shape.scale_attn_weights = False
-    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "unscaled")
-    seen = run("train", config.path, "--init_from", tmp_path / "unscaled")
-    refused(seen, "its scale_attn_weights is False, which model.py can't compute")
-
-
-@pytest.mark.parametrize("key", ["bias", "tied_head"])
-def test_export_without(run, config, tmp_path, key):
-    from transformers import GPT2LMHeadModel
-
-    run("train", config.path, "--num_steps", 3, f"--{key}", "false")
-    checkpoint = Checkpoint(config.out / "checkpoint_3.mdl")
-    run("export", "--checkpoint_path", checkpoint.path, "--out", tmp_path / "exported")
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "exported").eval()
-    ids = torch.arange(20)[None]
-    assert (theirs(ids).logits - our_logits(checkpoint, ids)).abs().max() < 1e-4
-
-
-def test_eval(run, config):
-    run("train", config.path)
-    checkpoint = config.out / "checkpoint_6.mdl"
-    seen = run("eval", config.path, "--checkpoint_path", checkpoint, "--json")
-    result = json.loads(seen.out)
-    meta = json.loads((Path(config.values["dataset"]) / "meta.json").read_text())
-    assert result["tokens"] == meta["tokens"]["val"] - 1
-    assert result["loss"] == pytest.approx(
-        records(config.out, "val_loss")[-1]["val_loss"], rel=1e-6
-    )
+def test_eval(run, trained):
+    """Its loss is that of the training, whichever way the run is named."""
+    checkpoint = ["--checkpoint_path", trained.checkpoint]
+    result = json.loads(run("eval", trained.path, *checkpoint, "--json").out)
+    meta = read_sealed(Path(trained.values["dataset"]) / "meta.json")
+    assert (result["step"], result["tokens"]) == (6, meta["tokens"]["val"] - 1)
+    ((val_loss,),) = [[r["val_loss"]] for r in records(trained.out, "val_loss")]
+    assert result["loss"] == pytest.approx(val_loss, rel=1e-6)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))  # 1 byte a token
-    seen = run("eval", config.path, "--checkpoint_path", "latest")
+    seen = run("eval", trained.path, "--checkpoint_path", "latest")
     assert f"loss {result['loss']:.6g} | perplexity" in seen.out
+    seen = run("eval", trained.path, "--checkpoint_path", trained.out, "--json")
+    assert json.loads(seen.out)["loss"] == result["loss"]
 
 
-def test_eval_refusals(run, config, tmp_path):
-    refused(run("eval", config.path), "--checkpoint_path is required")
-    refused(run("eval", config.path, "--checkpoint_path", tmp_path), "is not a checkpoint")
-    run("train", config.path, "--num_steps", 3)
-    flags = ["--checkpoint_path", "latest", "--dataset", tmp_path / "nothing"]
-    refused(run("eval", config.path, *flags), "is missing: prepare the dataset")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--checkpoint_path is required"),
+        (["--checkpoint_path", "tests"], "is not a checkpoint"),
+        (["--checkpoint_path", "latest", "--dataset", "no"], "is missing: prepare the dataset"),
+    ],
+)
+def test_eval_refusals(run, trained, flags, message):
+    refused(run("eval", trained.path, *flags), message)
 
 
-def test_sample(run, config):
-    run("train", config.path, "--num_steps", 3)
-    flags = ["--checkpoint_path", config.out / "checkpoint_3.mdl", "--prompt", "ab cd"]
-    first = run("sample", *flags, "--max_new_tokens", 100)  # longer than the model's 32 positions
+@pytest.fixture
+def sample(run, trained):
+    """sample(*arguments): `python sample.py` with the trained model."""
+    return lambda *arguments: run("sample", "--checkpoint_path", trained.checkpoint, *arguments)
+
+
+def test_sample(run, trained, sample):
+    words = ["--prompt", "ab cd", "--max_new_tokens", 40]  # beyond the model's 32 positions
+    first = sample(*words)
     assert first.status == 0, first.err
     assert first.out.startswith("ab cd")
-    assert len(first.out) == len("ab cd") + 100 + 1
-    assert run("sample", *flags, "--max_new_tokens", 100).out == first.out
-    assert run("sample", *flags, "--max_new_tokens", 100, "--seed", 1).out != first.out
-    likeliest = [run("sample", *flags, "--temperature", 0, "--seed", s).out for s in (0, 1)]
+    assert len(first.out) == len("ab cd") + 40 + 1
+    assert sample(*words).out == first.out
+    assert run("sample", "--checkpoint_path", trained.out, *words).out == first.out
+    latest = ["--checkpoint_path", "latest", "--out_dir", trained.out]
+    assert run("sample", *latest, *words).out == first.out
+    assert sample(*words, "--seed", 1).out != first.out
+    likeliest = [sample(*words, "--temperature", 0, "--seed", seed).out for seed in (0, 1)]
     assert likeliest[0] == likeliest[1]
-    several = run("sample", *flags, "--num_samples", 3, "--max_new_tokens", 5)
+    several = sample("--prompt", "ab cd", "--num_samples", 3, "--max_new_tokens", 5)
     assert several.out.count("ab cd") == 3
 
 
-def test_sample_follows_the_model(run, config):
+def test_sample_follows_the_model(sample, trained):
     """The likeliest next tokens by our own model are what transformers' generate writes."""
-    run("train", config.path, "--num_steps", 6, "--activation", "gelu_new")
-    checkpoint = Checkpoint(config.out / "checkpoint_6.mdl")
-    flags = ["--checkpoint_path", checkpoint.path, "--prompt", "ab", "--temperature", 0]
-    written = run("sample", *flags, "--max_new_tokens", 20).out[:-1]
+    checkpoint = Checkpoint(trained.checkpoint)
     ids = torch.arange(20)[None]
     model = load_model(checkpoint, checkpoint.check_model(), "cpu", torch.float32)
     assert (model(ids).logits - our_logits(checkpoint, ids)).abs().max() < 1e-4
+    written = sample("--prompt", "ab", "--temperature", 0, "--max_new_tokens", 20).out
+    assert written == likeliest(checkpoint, "ab", 20) + "\n"
+
+
+def likeliest(checkpoint: Checkpoint, prompt: str, count: int) -> str:
     tokenizer = load_tokenizer(checkpoint)
-    ids = tokenizer("ab", return_tensors="pt")["input_ids"]
-    for _ in range(20):
-        ids = torch.cat([ids, our_logits(checkpoint, ids)[:, -1:].argmax(-1)], 1)
-    assert written == tokenizer.decode(ids[0])
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    for _ in range(count):
+        ids = torch.cat([ids, our_logits(checkpoint, ids[:, -32:])[:, -1:].argmax(-1)], 1)
+    return tokenizer.decode(ids[0])
 
 
-def test_sample_reads_prompts_from_a_pipe(run, config, monkeypatch):
+def test_sample_reads_prompts_from_a_pipe(sample, monkeypatch):
     """Each line is one, but for empty ones; stdout has the texts alone."""
-    run("train", config.path, "--num_steps", 3)
-    flags = ["--checkpoint_path", config.out / "checkpoint_3.mdl", "--max_new_tokens", 5]
-    expected = [run("sample", *flags, "--prompt", prompt).out for prompt in ("abc", "xy")]
+    short = ["--max_new_tokens", 5]
+    expected = [sample(*short, "--prompt", prompt).out for prompt in ("abc", "xy")]
     monkeypatch.setattr("sys.stdin", io.StringIO("\nabc\n\nZ\n"))
-    seen = run("sample", *flags)
+    seen = sample(*short)
     assert (seen.status, seen.out) == (0, expected[0])
     assert "warning: the prompt 'Z' has a character that the vocabulary lacks" in seen.err
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\nxy"))
-    assert run("sample", *flags).out == expected[1]
+    assert sample(*short).out == expected[1]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
-    refused(run("sample", *flags), "stdin is not text in utf-8")
+    refused(sample(*short), "stdin is not text in utf-8")
 
 
 @pytest.mark.long
-def test_sample_asks_for_prompts_on_a_terminal(run, config):
+def test_sample_asks_for_prompts_on_a_terminal(trained):
     """Up to an empty line; the question is not in stdout."""
-    run("train", config.path, "--num_steps", 3)
-    flags = ["--checkpoint_path", str(config.out / "checkpoint_3.mdl"), "--max_new_tokens", "5"]
+    flags = ["--checkpoint_path", trained.checkpoint, "--max_new_tokens", "5"]
     ours, terminal = os.openpty()
     os.write(ours, b"abc\nxy\n\nnot read\n")
-    done = subprocess.run(
-        [sys.executable, "sample.py", *flags], cwd=ROOT, stdin=terminal, capture_output=True
-    )
+    words = [sys.executable, "sample.py", *flags]
+    done = subprocess.run(words, cwd=ROOT, stdin=terminal, capture_output=True)
     for descriptor in (ours, terminal):
         os.close(descriptor)
     assert done.returncode == 0, done.stderr
@@ -265,7 +239,7 @@ def test_sample_asks_for_prompts_on_a_terminal(run, config):
     assert b"Enter" not in done.stdout and b"not read" not in done.stdout
 
 
-def test_top_p(run, config):
+def test_top_p(sample):
     """The tokens that are left, and their shares, are those of transformers; the command's smallest
     top_p leaves the likeliest token alone."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -279,60 +253,62 @@ def test_top_p(run, config):
     torch.testing.assert_close(shares, expected.softmax(1)[0], atol=0.015, rtol=0)
     assert set(drawn.flatten().tolist()) == set(expected.isfinite()[0].nonzero().flatten().tolist())
 
-    run("train", config.path, "--num_steps", 3)
-    flags = ["--checkpoint_path", config.out, "--prompt", "abc"]
-    narrow = run("sample", *flags, "--top_p", 1e-6)
+    words = ["--prompt", "abc", "--max_new_tokens", 20]
+    narrow = sample(*words, "--top_p", 1e-6)
     assert narrow.status == 0, narrow.err
-    assert narrow.out == run("sample", *flags, "--temperature", 0).out
+    assert narrow.out == sample(*words, "--temperature", 0).out
 
 
-def test_sample_refusals(run, config):
-    run("train", config.path, "--num_steps", 3)
-    flags = ["--checkpoint_path", config.out / "checkpoint_3.mdl"]
-    refused(
-        run("sample", *flags, "--prompt", "Z"),
-        "has a character that the vocabulary lacks",
-    )
-    refused(run("sample", *flags, "--prompt", ""), "the prompt is empty")
-    refused(run("sample", *flags, "--top_k", 0, "--prompt", "a"), "start at 1")
-    refused(run("sample", *flags, "--top_p", 0, "--prompt", "a"), "top_p: 0.0 is not above 0")
-    refused(run("sample", "--checkpoint_path", "nowhere.mdl"), "there is no such checkpoint")
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("prompt", "Z", "has a character that the vocabulary lacks"),
+        ("prompt", "", "the prompt is empty"),
+        ("top_k", 0, "start at 1"),
+        ("top_p", 0, "top_p: 0.0 is not above 0"),
+        ("temperature", "1e-40", "temperature: 1e-40 is neither 0 nor from 0.01 to 100"),
+        ("seed", "12345678901234567890123", "12345678901234567890123 is not from 0 to 2**63"),
+        ("seed", "-1", "seed: -1 is not from 0"),
+        ("checkpoint_path", "nowhere.mdl", "there is no such checkpoint"),
+        ("checkpoint_path", "latest", "model_dir: there is no such checkpoint or run"),
+    ],
+)
+def test_sample_refusals(sample, tmp_path, monkeypatch, key, value, message):
+    monkeypatch.chdir(tmp_path)
+    refused(sample("--prompt", "a", f"--{key}", value), message)
 
 
-def test_a_checkpoint_of_another_shape(run, config):
-    """A checkpoint whole in itself, but whose norm has one number, which would broadcast."""
-    run("train", config.path, "--num_steps", 3)
-    path = config.out / "checkpoint_3.mdl"
-    file, manifest = path / "head.safetensors", read_sealed(path / "manifest.json")
-    save_file({name: v[:1].clone() for name, v in load_file(file).items()}, file)
-    content = file.read_bytes()
-    manifest["files"][file.name] = {
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
+def damage_tensor(trained, out: Path, name: str, change) -> Path:
+    """A checkpoint with a changed tensor, as made by somebody who knows the format."""
+    path = shutil.copytree(trained.checkpoint, out / "checkpoint_6.mdl")
+    manifest = read_sealed(path / "manifest.json")
+    ((file, _),) = Checkpoint(path).tensors[name]["parts"]
+    tensors = load_file(path / file)
+    save_file(tensors | {name: change(tensors[name])}, path / file)
+    content = (path / file).read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    manifest["files"][file] = {"bytes": len(content), "sha256": sha256}
     write_sealed(path / "manifest.json", manifest)
-    seen = run("train", config.path, "--checkpoint_path", "latest")
-    refused(seen, "head.norm.weight has shape [1], the model in model.py [32]")
+    return path
 
 
-def test_init_from_weights_that_lack_some(run, config, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=1, n_head=4)
-    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
-    tensors = load_file(tmp_path / "gpt2" / "model.safetensors")
-    del tensors["transformer.h.0.mlp.c_fc.weight"]
-    save_file(tensors, tmp_path / "gpt2" / "model.safetensors", metadata={"format": "pt"})
-    seen = run("train", config.path, "--init_from", tmp_path / "gpt2")
-    assert seen.status == 1
-    assert "it lacks transformer.h.0.mlp.c_fc.weight" in seen.err.splitlines()[-1]
+def test_a_checkpoint_of_another_shape(run, trained, tmp_path):
+    """A checkpoint whole in itself, but whose norm has one number, which would broadcast."""
+    path = damage_tensor(trained, tmp_path, "head.norm.weight", lambda norm: norm[:1].clone())
+    seen = run("train", trained.path, "--checkpoint_path", path, "--out_dir", tmp_path / "out")
+    refused(seen, "head.norm.weight has shape [1], the model in model.py [48]")
 
 
-def test_a_requeued_job_with_init_from_goes_on(run, trained, config, tmp_path):
+def test_eval_that_is_not_finite_is_json(run, trained, tmp_path):
+    path = damage_tensor(trained, tmp_path, "head.norm.weight", lambda norm: norm * 1e38)
+    seen = run("eval", trained.path, "--checkpoint_path", path, "--json")
+    result = json.loads(seen.out, parse_constant=lambda word: pytest.fail(word))
+    assert result["loss"] is None or result["perplexity"] is None
+
+
+def test_a_requeued_job_with_init_from_goes_on(run, config, exported):
     """Its command line does not change, and names a depth that init_from has overruled."""
-    run("export", "--checkpoint_path", trained, "--out", tmp_path / "exported")
-    flags = ["--init_from", tmp_path / "exported", "--checkpoint_path", "latest"]
-    flags += ["--out_dir", tmp_path / "requeued", "--depth", 1]
+    flags = ["--init_from", exported, "--checkpoint_path", "latest", "--depth", 1]
     assert "starting from" in run("train", config.path, *flags, "--num_steps", 3).out
     seen = run("train", config.path, *flags)
     assert seen.status == 0, seen.err
@@ -366,12 +342,7 @@ def test_a_changed_model(run, config, monkeypatch, tmp_path, part, forward, more
     flags = ["--checkpoint_path", path, "--prompt", "ab", "--max_new_tokens", 40]
     seen = run("sample", *flags, "--temperature", 0)
     assert f"warning: {where}" in seen.err and "generating with model.py" in seen.err
-    checkpoint = Checkpoint(path)
-    tokenizer = load_tokenizer(checkpoint)
-    ids = tokenizer("ab", return_tensors="pt")["input_ids"]
-    for _ in range(40):
-        ids = torch.cat([ids, our_logits(checkpoint, ids[:, -32:])[:, -1:].argmax(-1)], 1)
-    assert seen.out == tokenizer.decode(ids[0]) + "\n"
+    assert seen.out == likeliest(Checkpoint(path), "ab", 40) + "\n"
     drawn = [run("sample", *flags, "--seed", seed).out for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -402,13 +373,13 @@ def test_a_wider_mlp_and_another_parameter_are_no_gpt2(run, config, monkeypatch,
         assert seen.status == 0 and message in seen.err
 
 
-def test_other_model_code_is_said(run, config, monkeypatch, tmp_path):
-    run("train", config.path, "--num_steps", 3)
+def test_other_model_code_is_said(run, trained, monkeypatch, tmp_path):
+    which = ["--checkpoint_path", trained.checkpoint]
     commands = [
-        ("eval", config.path, "--checkpoint_path", "latest"),
-        ("sample", "--checkpoint_path", config.out, "--prompt", "a", "--max_new_tokens", 1),
-        ("export", "--checkpoint_path", config.out, "--out", tmp_path / "exported"),
-        ("train", config.path, "--checkpoint_path", "latest", "--num_steps", 4),
+        ("eval", trained.path, *which),
+        ("sample", *which, "--prompt", "a", "--max_new_tokens", 1),
+        ("export", *which, "--out", tmp_path / "exported"),
+        ("train", trained.path, *which, "--num_steps", 7, "--out_dir", tmp_path / "out"),
     ]
     note = "warning: model.py, loss.py or ops.py has changed since"
     assert note not in run(*commands[0]).err
@@ -426,81 +397,24 @@ def test_comments_do_not_change_the_code_of_a_model(tmp_path):
     assert model_code(tmp_path) != MODEL_CODE
 
 
-def test_init_from_another_tokenizer(run, trained, config, tmp_path):
+def test_init_from_another_tokenizer(run, config, exported, tmp_path):
     """27 characters on both sides, which are not the same ones."""
-    run("export", "--checkpoint_path", trained, "--out", tmp_path / "exported")
     other = write_dataset(tmp_path / "other", "ABC" * 300, "ABC" * 30)
     meta = read_sealed(other / "meta.json")
     write_sealed(other / "meta.json", meta | {"vocab_size": VOCABULARY})
-    flags = ["--init_from", tmp_path / "exported", "--out_dir", tmp_path / "tuned"]
-    seen = run("train", config.path, *flags, "--dataset", other)
+    flags = ["--init_from", exported, "--dataset", other]
+    seen = run("train", config.path, *flags)
     refused(seen, f"exported has another tokenizer than {other}; prepare the data with the tok")
-    assert not (tmp_path / "tuned").exists()
-    (tmp_path / "exported" / "tokenizer.json").unlink()
-    seen = run("train", config.path, *flags, "--dataset", other, "--num_steps", 1)
+    assert not config.out.exists()
+    (exported / "tokenizer.json").unlink()
+    seen = run("train", config.path, *flags, "--num_steps", 1)
     assert seen.status == 0
     assert "exported has no tokenizer.json: make sure that both use the same" in seen.err
 
 
-def test_init_from_several_files_in_half_precision(run, trained, config, tmp_path):
-    """As large models are published: an index, and tensors in bf16."""
-    run("export", "--checkpoint_path", trained, "--out", tmp_path / "exported")
-    for file in (tmp_path / "exported").glob("*.safetensors"):
-        tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-    seen = run(
-        *("train", config.path, "--init_from", tmp_path / "exported", "--num_steps", 1),
-        *("--out_dir", tmp_path / "tuned", "--learning_rate", 1e-30, "--weight_decay", 0),
-    )
-    assert seen.status == 0, seen.err
-    a, b = Checkpoint(trained), Checkpoint(tmp_path / "tuned" / "checkpoint_1.mdl")
-    for name in b.tensors:
-        if not name.startswith("exp_avg"):
-            assert torch.equal(a.read(name).bfloat16().float(), b.read(name)), name
-
-
-def test_too_large_to_sample(run, config, monkeypatch):
-    run("train", config.path, "--num_steps", 3)
+def test_too_large_to_sample(sample, monkeypatch):
     monkeypatch.setattr("runtime.generation.host_memory", lambda: 50_000)
-    seen = run("sample", "--checkpoint_path", config.out, "--prompt", "a")
-    refused(seen, "checkpoint_3.mdl does not fit: its model needs 0.0 GB of memory")
-
-
-def test_eval_that_is_not_finite_is_json(run, config):
-    run("train", config.path, "--num_steps", 3)
-    path = config.out / "checkpoint_3.mdl"
-    damage_tensor(path, "head.norm.weight", lambda tensor: tensor * 1e38)
-    seen = run("eval", config.path, "--checkpoint_path", path, "--json")
-    result = json.loads(seen.out, parse_constant=lambda word: pytest.fail(word))
-    assert result["loss"] is None or result["perplexity"] is None
-
-
-def damage_tensor(path: Path, name: str, change) -> None:
-    """Changes a tensor of a checkpoint as somebody would who knows the format."""
-    manifest = read_sealed(path / "manifest.json")
-    ((file, _),) = Checkpoint(path).tensors[name]["parts"]
-    file = path / file
-    tensors = load_file(file)
-    save_file(tensors | {name: change(tensors[name])}, file)
-    manifest["files"][file.name]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    write_sealed(path / "manifest.json", manifest)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--temperature", "1e-40"], "temperature: 1e-40 is neither 0 nor from 0.01 to 100"),
-        (["--seed", "12345678901234567890123"], "12345678901234567890123 is not from 0 to 2**63"),
-        (["--seed", "-1"], "seed: -1 is not from 0"),
-        (
-            ["--checkpoint_path", "latest", "--out_dir", "nowhere"],
-            "nowhere: there is no such checkpoint or run",
-        ),
-    ],
-)
-def test_more_sample_refusals(run, config, flags, message):
-    run("train", config.path, "--num_steps", 1)
-    refused(run("sample", "--checkpoint_path", config.out, "--prompt", "a", *flags), message)
+    refused(sample("--prompt", "a"), "checkpoint_6.mdl does not fit: its model needs 0.0 GB of mem")
 
 
 def test_a_model_of_one_position(run, config):
@@ -512,58 +426,38 @@ def test_a_model_of_one_position(run, config):
     assert len(seen.out) == len("abc") + 4 + 1
 
 
-def test_a_run_is_named_by_its_folder(run, config, tmp_path):
-    run("train", config.path)
-    losses = [
-        json.loads(run("eval", config.path, "--json", "--checkpoint_path", *words).out)
-        for words in (["latest"], [config.out], [config.out / "checkpoint_6.mdl"])
-    ]
-    assert losses[0] == losses[1] == losses[2] and losses[0]["step"] == 6
-    flags = ["--prompt", "ab", "--max_new_tokens", 5, "--checkpoint_path"]
-    texts = [
-        run("sample", *flags, *words).out
-        for words in (["latest", "--out_dir", config.out], [config.out])
-    ]
-    assert texts[0] == texts[1] and len(texts[0]) == 8
-    seen = run("export", "--checkpoint_path", config.out, "--out", tmp_path / "exported")
-    assert seen.status == 0
-    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "exported").iterdir()}
-    assert set(modes.values()) == {0o644}, modes
-
-
-def test_the_model_card(run, config, tmp_path):
+def test_the_model_card(run, trained, exported, tmp_path):
     from huggingface_hub import ModelCard
 
-    run("train", config.path)
-    (val_loss,) = [r["val_loss"] for r in records(config.out, "val_loss")]
-    assert run("export", "--checkpoint_path", config.out, "--out", tmp_path / "words").status == 0
-    card = ModelCard.load(tmp_path / "words/README.md")
+    (val_loss,) = [r["val_loss"] for r in records(trained.out, "val_loss")]
+    card = ModelCard.load(exported / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
-    assert "# words\n" in card.text and "A GPT-2 of 27,360 parameters" in card.text
-    assert f"| data | {config.values['dataset']} |" in card.text
+    assert "# exported\n" in card.text and "A GPT-2 of 87,744 parameters" in card.text
+    assert f"| data | {trained.values['dataset']} |" in card.text
     assert f"| steps, tokens seen | 6, {6 * 4 * 32} |" in card.text
-    assert f"| loss of the last step | {records(config.out)[-1]['loss']:.4f} nats" in card.text
+    assert f"| loss of the last step | {records(trained.out)[-1]['loss']:.4f} nats" in card.text
     assert f"| validation loss | {val_loss:.4f} nats a token" in card.text
     again = tmp_path / "again.yaml"  # the configuration is one that trains
     again.write_text(card.text.split("```yaml\n")[1].removesuffix("```\n"))
     seen = run("train", again, "--out_dir", tmp_path / "again")
     assert seen.status == 0, seen.err
-    assert records(tmp_path / "again")[-1]["loss"] == records(config.out)[-1]["loss"]
+    assert records(tmp_path / "again")[-1]["loss"] == records(trained.out)[-1]["loss"]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in exported.iterdir()}
+    assert set(modes.values()) == {0o644}, modes
 
 
 @pytest.mark.long
-def test_a_push_without_a_token_or_a_network(run, config, tmp_path):
-    run("train", config.path)
-    words = [sys.executable, "export.py", "--checkpoint_path", config.out, "--push_to", "me/words"]
+def test_a_push_without_a_token_or_a_network(trained, tmp_path):
+    words = [sys.executable, "export.py", "--checkpoint_path", trained.out]
+    words += ["--push_to", "me/words", "--out", tmp_path / "out"]
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     environment.pop("HF_TOKEN", None)
     for token, message in (
         ({}, "push_to needs a token of the Hugging Face hub: hf auth login, or HF_TOKEN"),
-        ({"HF_TOKEN": "hf_none"}, f"{tmp_path}/out2 is written, but not pushed to me/words: "),
+        ({"HF_TOKEN": "hf_none"}, f"{tmp_path}/out is written, but not pushed to me/words: "),
     ):
-        out = tmp_path / f"out{len(token) + 1}"
         kept = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment | token}
-        done = subprocess.run(list(map(str, [*words, "--out", out])), **kept)
+        done = subprocess.run(list(map(str, words)), **kept)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert message in done.stderr
-        assert (out / "README.md").exists() == bool(token)
+        assert (tmp_path / "out/README.md").exists() == bool(token)

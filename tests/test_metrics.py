@@ -2,17 +2,22 @@
 time left."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import records
+from conftest import figures, records
+from helpers import train_once
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configuration import Configuration
 from engines.base import StepStats
+from model import GPT
 from runtime import metrics
+from weights.checkpoint import Checkpoint
+from weights.huggingface import load_tokenizer
 
 DAMAGED = [
     b"\xff\xfe{}",  # not UTF-8
@@ -36,27 +41,24 @@ def stop_at_3(run, config) -> list[bytes]:
 
 
 def test_damaged_lines_are_left_out_and_the_others_kept(run, config):
+    """A last line that was cut off is not worth a note."""
     lines = stop_at_3(run, config)
-    content = b"\n".join([lines[0], *DAMAGED, *lines[1:], CUT])
-    (config.out / "metrics.jsonl").write_bytes(content)
-    (config.out / "loss.png").unlink()
-    seen = run("train", config.path, "--checkpoint_path", "latest")
-    assert seen.status == 0, seen.err
-    assert f"metrics.jsonl: {len(DAMAGED)} damaged lines were dropped\n" in seen.err
-    assert "failed" not in seen.out + seen.err
-    assert "Traceback" not in seen.err
-    assert [record["step"] for record in records(config.out)] == [1, 2, 3, 4, 5, 6]
-    assert (config.out / "metrics.jsonl").read_bytes().splitlines()[:3] == lines[:3]
-    assert (config.out / "loss.png").is_file()
-
-
-def test_a_last_line_that_was_cut_off_is_not_worth_a_note(run, config):
-    lines = stop_at_3(run, config)
-    (config.out / "metrics.jsonl").write_bytes(b"\n".join([*lines, CUT]))
-    seen = run("train", config.path, "--checkpoint_path", "latest")
-    assert seen.status == 0, seen.err
-    assert "damaged" not in seen.out + seen.err
-    assert [record["step"] for record in records(config.out)] == [1, 2, 3, 4, 5, 6]
+    for middle, note in (
+        (DAMAGED, f"metrics.jsonl: {len(DAMAGED)} damaged lines were dropped\n"),
+        ([], ""),
+    ):
+        content = b"\n".join([lines[0], *middle, *lines[1:], CUT])
+        (config.out / "metrics.jsonl").write_bytes(content)
+        (config.out / "loss.png").unlink()
+        seen = run("train", config.path, "--checkpoint_path", config.out / "checkpoint_3.mdl")
+        assert seen.status == 0, seen.err
+        assert note in seen.err and ("were dropped" in seen.err) == bool(note)
+        assert "failed" not in seen.out + seen.err
+        assert "Traceback" not in seen.err
+        assert [record["step"] for record in records(config.out)] == [1, 2, 3, 4, 5, 6]
+        assert (config.out / "metrics.jsonl").read_bytes().splitlines()[:3] == lines[:3]
+        assert (config.out / "loss.png").is_file()
+        shutil.rmtree(config.out / "checkpoint_6.mdl")
 
 
 def test_a_damaged_file_has_no_evaluation(run, config):
@@ -70,12 +72,14 @@ def test_a_damaged_file_has_no_evaluation(run, config):
 
 
 @pytest.mark.parametrize("name", [r"o$\frac$", "$", "a_b^{", "50% $x$"])
-def test_the_title_of_the_picture_is_plain_text(run, config, tmp_path, name):
-    out = tmp_path / name
-    seen = run("train", config.path, "--num_steps", 1, "--out_dir", out)
-    assert seen.status == 0, seen.err
-    assert "failed" not in seen.out
-    assert (out / "loss.png").is_file()
+def test_the_title_of_the_picture_is_plain_text(tmp_path, clock, capsys, name):
+    (tmp_path / name).mkdir()
+    told = ten_steps(tmp_path / name)
+    step(told, clock, 1)
+    told.draw()
+    told.close()
+    assert "failed" not in "".join(capsys.readouterr())
+    assert (tmp_path / name / "loss.png").is_file()
 
 
 def test_a_step_records_its_tokens_seconds_and_memory(run, config):
@@ -103,8 +107,10 @@ def test_the_picture_says_what_ran_and_how_it_ended(tmp_path):
 
 
 def test_a_log_has_a_line_every_so_many_steps(run, config):
-    """Of the first and the last step too; metrics.jsonl has all."""
-    seen = run("train", config.path, "--log_steps", 4, "--eval_steps", 9)
+    """Of the first and the last step too; metrics.jsonl has all, also without a tracker."""
+    flags = ["--log_steps", 4, "--eval_steps", 9, "--tracker", "null"]
+    seen = run("train", config.path, *flags)
+    assert not (config.out / "tensorboard").exists()
     shown = [line.split(" | ")[0] for line in seen.out.splitlines() if "grad_norm" in line]
     assert shown == ["step 1/6", "step 4/6", "step 6/6"]
     assert len(records(config.out)) == 6
@@ -125,27 +131,15 @@ def test_a_tracker_that_is_not_installed_does_not_end_the_training(run, config, 
     assert seen.err.count(f"failed ({name} is not installed: pip install {name}); ") == 1
 
 
-def test_no_tracker(run, config):
-    assert run("train", config.path, "--tracker", "null").status == 0
-    assert len(records(config.out)) == 6
-    assert not (config.out / "tensorboard").exists()
+PROMPTS = {"sample_prompts": ["abc", "the ship"], "eval_steps": 3}
 
 
-PROMPTS = ["--sample_prompts", "[abc, the ship]", "--eval_steps", 3]
-
-
-@pytest.fixture
-def samples(run, config) -> list[dict]:
-    """What the resident engine writes after steps 3 and 6."""
-    seen = run("train", config.path, *PROMPTS, "--out_dir", config.out / "first")
-    assert seen.status == 0, seen.err
-    found = records(config.out / "first", "samples")
-    for record in found:
-        for text, prompt in zip(record["samples"], ("abc", "the ship"), strict=True):
-            assert text.startswith(prompt) and len(text) == len(prompt) + 64
-            line = f"step {record['step']}/6 | after {json.dumps(prompt)} | {text[len(prompt) :]}\n"
-            assert line in seen.out
-    return found
+@pytest.fixture(scope="module")
+def sampled(dataset, tmp_path_factory) -> SimpleNamespace:
+    """A run of the resident engine (path, out), and its samples after steps 3 and 6."""
+    config = train_once(tmp_path_factory.mktemp("sampled"), dataset, **PROMPTS)
+    config.samples = records(config.out, "samples")
+    return config
 
 
 @pytest.mark.parametrize(
@@ -156,15 +150,21 @@ def samples(run, config) -> list[dict]:
         pytest.param(("--num_systems", 2), marks=pytest.mark.long),
     ],
 )
-def test_every_engine_writes_the_same_samples(run, config, samples, flags):
-    seen = run("train", config.path, *PROMPTS, *flags)
+def test_every_engine_writes_the_same_samples(run, config, sampled, flags):
+    prompts = ["--sample_prompts", "[abc, the ship]", "--eval_steps", 3]
+    seen = run("train", config.path, *prompts, *flags)
     assert seen.status == 0, seen.err
-    assert [r["step"] for r in samples] == [3, 6]
-    assert records(config.out, "samples") == samples
+    assert records(config.out, "samples") == sampled.samples
+    assert [record["step"] for record in sampled.samples] == [3, 6]
+    for record in sampled.samples:
+        for text, prompt in zip(record["samples"], ("abc", "the ship"), strict=True):
+            assert text.startswith(prompt) and len(text) == len(prompt) + 64
+            line = f"step {record['step']}/6 | after {json.dumps(prompt)} | {text[len(prompt) :]}\n"
+            assert line in seen.out
 
 
-def test_tensorboard_has_the_configuration_and_the_samples(config, samples):
-    events = EventAccumulator(str(config.out / "first/tensorboard"))
+def test_tensorboard_has_the_configuration_and_the_samples(sampled):
+    events = EventAccumulator(str(sampled.out / "tensorboard"))
     events.Reload()
     texts = {
         tag: [e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")]
@@ -172,27 +172,23 @@ def test_tensorboard_has_the_configuration_and_the_samples(config, samples):
     }
     assert "    engine: resident\n" in texts["configuration"][0]
     assert [texts["sample_0"], texts["sample_1"]] == [
-        [record["samples"][number] for record in samples] for number in range(2)
+        [record["samples"][number] for record in sampled.samples] for number in range(2)
     ]
 
 
-def test_samples_change_no_figure(run, config, samples):
+def test_samples_change_no_figure(run, config, sampled):
     run("train", config.path, "--eval_steps", 3)
-    for key in ("loss", "val_loss"):
-        first = [r[key] for r in records(config.out / "first", key)]
-        assert [r[key] for r in records(config.out, key)] == first
+    without = [record for record in figures(sampled.out) if "samples" not in record]
+    assert figures(config.out) == without
 
 
-def test_samples_follow_the_model(config, samples):
+def test_samples_follow_the_model(sampled):
     """They are drawn from the logits that the checkpoint's model gives to what comes before."""
-    from model import GPT
-    from weights.checkpoint import Checkpoint
-    from weights.huggingface import load_tokenizer
-
-    checkpoint = Checkpoint(config.out / "first/checkpoint_6.mdl")
+    checkpoint = Checkpoint(sampled.out / "checkpoint_6.mdl")
     model = GPT(checkpoint.config)
     model.load_state_dict({name: checkpoint.read(name) for name in checkpoint.weights})
-    (ids,) = load_tokenizer(checkpoint)(samples[1]["samples"][0], return_tensors="pt")["input_ids"]
+    first = sampled.samples[1]["samples"][0]
+    (ids,) = load_tokenizer(checkpoint)(first, return_tensors="pt")["input_ids"]
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for end in range(3, 40):  # beyond the 32 positions of the model
@@ -214,26 +210,31 @@ def test_a_trace_of_some_steps(run, config, flags):
     seen = run("train", config.path, "--profile", "2:4", *flags)
     assert seen.status == 0, seen.err
     traces = sorted(config.out.glob("trace_*"))
-    assert [t.name for t in traces] == [
-        f"trace_2-4_rank{rank}.json" for rank in range(2 if flags else 1)
-    ]
+    names = [f"trace_2-4_rank{rank}.json" for rank in range(2 if flags else 1)]
+    assert [trace.name for trace in traces] == names
     events = json.loads(traces[0].read_text())["traceEvents"]
     assert sum(e.get("name") == "Optimizer.step#AdamW.step" for e in events) == 3
 
 
-@pytest.mark.parametrize("value", ["4:9", "0:2", "3:2", "3", "a:b", "1:2:3"])
-def test_a_profile_beyond_the_run_is_refused(run, config, value):
-    seen = run("train", config.path, "--profile", value)
-    assert (seen.status, seen.out) == (1, "")
-    message = "is not START:STOP, two steps from 1 to num_steps 6"
-    assert seen.err == f"error: profile: '{value}' {message}\n"
+PROFILES = ["4:9", "0:2", "3:2", "3", "a:b", "1:2:3"]
+RANGE = "is not START:STOP, two steps from 1 to num_steps 6"
+CEREBRAS = ["--engine", "cerebras"]
 
 
-@pytest.mark.parametrize("key, value", [("sample_prompts", "[a]"), ("profile", "1:2")])
-def test_what_the_cerebras_engine_has_not(run, config, key, value):
-    seen = run("train", config.path, "--engine", "cerebras", f"--{key}", value)
-    assert (seen.status, seen.out) == (1, "")
-    assert seen.err == f"error: {key}: the cerebras engine has none; remove it\n"
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *((["--profile", value], f"profile: '{value}' {RANGE}") for value in PROFILES),
+        ([*CEREBRAS, "--profile", "1:2"], "profile: the cerebras engine has none; remove it"),
+        (
+            [*CEREBRAS, "--sample_prompts", "[a]"],
+            "sample_prompts: the cerebras engine has none; remove it",
+        ),
+    ],
+)
+def test_what_a_run_cannot_record(run, config, flags, message):
+    seen = run("train", config.path, *flags)
+    assert (seen.status, seen.out, seen.err) == (1, "", f"error: {message}\n")
 
 
 def test_a_profile_of_steps_that_are_done(run, config):
@@ -253,10 +254,8 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 def ten_steps(out: Path) -> metrics.Metrics:
     keys = {"sequence_length": 32, "num_steps": 10, "batch_size": 4, "log_steps": 1}
-    plan = SimpleNamespace(
-        config=Configuration(out_dir=str(out), **keys), machine=SimpleNamespace(matmul=1e12)
-    )
-    return metrics.Metrics(plan, 0)
+    config, machine = Configuration(out_dir=str(out), **keys), SimpleNamespace(matmul=1e12)
+    return metrics.Metrics(SimpleNamespace(config=config, machine=machine), 0)
 
 
 def step(told: metrics.Metrics, clock: SimpleNamespace, number: int, seconds: float = 2.0) -> None:
@@ -265,21 +264,14 @@ def step(told: metrics.Metrics, clock: SimpleNamespace, number: int, seconds: fl
 
 
 def test_the_eta_follows_the_pace(tmp_path, clock, capsys):
-    """So far: an evaluation that took 10 s is part of it."""
+    """So far, within the first step too: an evaluation that took 10 s is part of it."""
     told = ten_steps(tmp_path)
-
-    def left() -> str:
-        return capsys.readouterr().out.splitlines()[-1].split(" | ")[-1]
-
     step(told, clock, 1)
-    assert left() == "ETA 0:00:18"
+    assert capsys.readouterr().out.endswith(" | ETA 0:00:18\n")
     clock.now += 10
     step(told, clock, 2)
-    assert left() == "ETA 0:00:56"
+    assert capsys.readouterr().out.endswith(" | ETA 0:00:56\n")
     told.close()
-
-
-def test_the_eta_within_the_first_step(tmp_path, clock, capsys):
     told = ten_steps(tmp_path)
     clock.now += 100
     told.report_progress(0.5)

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 from tokenizers import Tokenizer
 
 from common.tokens import Tokens
 from data import pieces, prepare, sources
 
-ROOT = Path(__file__).parents[1]
 # The command with shards so small that a short text has many
 PREPARE = """
 from data import pieces, prepare
@@ -30,14 +30,14 @@ command(prepare.main)
 """
 
 
-def start(*args: object) -> subprocess.Popen:
-    words = [sys.executable, "-c", PREPARE, *map(str, args)]
+def start(*args: object, num_proc: int = 2) -> subprocess.Popen:
+    words = [sys.executable, "-c", PREPARE, "--num_proc", *map(str, (num_proc, *args))]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(words, cwd=ROOT, text=True, **streams)
 
 
-def succeed(*args: object) -> str:
-    process = start(*args)
+def succeed(*args: object, **more: int) -> str:
+    process = start(*args, **more)
     out, err = process.communicate()
     assert process.returncode == 0, err
     return out
@@ -68,35 +68,43 @@ def write_texts(path: Path, count: int) -> Path:
 
 def kill_when(process: subprocess.Popen, folder: Path, number: int) -> None:
     """Kill it once so many shards are complete."""
-    deadline = time.monotonic() + 60
-    while shards(folder) < number and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for_shards(process, folder, number)
     process.kill()
     process.communicate()
 
 
+def wait_for_shards(process: subprocess.Popen, folder: Path, number: int) -> None:
+    deadline = time.monotonic() + 60
+    while shards(folder) < number and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The arguments that prepare a dataset of 40 shards, and its content, made by one process."""
+    """The arguments that prepare a dataset of 27 shards, and its content, made by one process."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    path = write_texts(folder / "a.jsonl", 750)
+    path = write_texts(folder / "a.jsonl", 500)
     args = [path, "--tokenizer", "bpe:300"]
-    succeed(*args, "--out", folder / "one", "--num_proc", 1)
+    succeed(*args, "--out", folder / "one", num_proc=1)
     return args, content(folder / "one")
 
 
 def test_killed_three_times(undisturbed, tmp_path):
     """With another number of processes each time. The shards that are complete are not made again,
-    and no process is left that makes any."""
+    no process is left that makes any, and of the text there is nothing on the disk."""
     args, expected = undisturbed
     out, kept = tmp_path / "out", 0
     for num_proc in (2, 1, 3):
-        kill_when(start(*args, "--out", out, "--num_proc", num_proc), out, kept + 3)
+        kill_when(start(*args, "--out", out, num_proc=num_proc), out, kept + 3)
         assert shards(out) >= kept + 3
         kept = shards(out)
         made = {path: path.stat().st_mtime_ns for path in out.glob("unfinished/shard-*.json")}
         assert not list(out.glob("*.*"))
-    done = succeed(*args, "--out", out, "--num_proc", 2)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    kinds = {path.name.split("-")[0] for path in files}
+    assert kinds == {"job.json", "vocabulary.json", "shard", "train", "val"}
+    assert sum(path.stat().st_size for path in files) < 1.2 * args[0].stat().st_size
+    done = succeed(*args, "--out", out)
     assert f"resuming: {kept:,} shards are complete" in done
     assert content(out) == expected
     assert len(made) == kept < len(list(out.glob("train-*.bin")))
@@ -108,17 +116,15 @@ def test_killed_twenty_times(undisturbed, tmp_path, tally):
     args, expected = undisturbed
     source, kills, datasets = random.Random(0), 0, 0
     began = time.monotonic()
-    succeed(*args, "--out", tmp_path / "two", "--num_proc", 2)
+    succeed(*args, "--out", tmp_path / "two")
     seconds = time.monotonic() - began
     assert content(tmp_path / "two") == expected
     while kills < 20:
         out = tmp_path / str(datasets)
         while not (out / "meta.json").exists():
-            process = start(*args, "--out", out, "--num_proc", source.randrange(1, 4))
-            until, pause = shards(out) + source.randrange(3), source.uniform(0, 0.1 * seconds)
-            while process.poll() is None and shards(out) < until:
-                time.sleep(0.005)
-            time.sleep(pause)
+            process = start(*args, "--out", out, num_proc=source.randrange(1, 4))
+            wait_for_shards(process, out, shards(out) + source.randrange(3))
+            time.sleep(source.uniform(0, 0.1 * seconds))
             if process.poll() is None and kills < 20:
                 process.kill()
                 kills += 1
@@ -133,7 +139,7 @@ def test_killed_twenty_times(undisturbed, tmp_path, tally):
 
 def test_interrupted_as_the_files_are_put_in_place(tmp_path, monkeypatch):
     """Before each of them: what is left to do is done by the next run."""
-    path = write_texts(tmp_path / "a.jsonl", 60)
+    path = write_texts(tmp_path / "a.jsonl", 45)
     monkeypatch.setattr(pieces, "SHARD", 2**15)
     monkeypatch.setattr(pieces, "GROWTH", 0)
     replace, moved = os.replace, []
@@ -146,8 +152,8 @@ def test_interrupted_as_the_files_are_put_in_place(tmp_path, monkeypatch):
         replace(before, after)
 
     def run():
-        args = ["prepare.py", "--tokenizer", "char", "--out", str(out), str(path)]
-        monkeypatch.setattr(sys, "argv", args)
+        options = ["--tokenizer", "char", "--out", str(out), "--num_proc", "1"]
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *options, str(path)])
         prepare.main()
 
     out = tmp_path / "undisturbed"
@@ -165,14 +171,13 @@ def test_interrupted_as_the_files_are_put_in_place(tmp_path, monkeypatch):
         assert content(out) == expected
 
 
-def test_shards_are_one_text(undisturbed, tmp_path):
+def test_shards_are_one_text(undisturbed):
     """All documents are there once and in order, and a hundredth of them is val."""
-    args, files = undisturbed
-    for name, raw in files.items():
-        (tmp_path / name).write_bytes(raw)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    args, _ = undisturbed
+    folder = args[0].parent / "one"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [json.loads(line)["text"] for line in args[0].read_text().splitlines()[1:]]
-    opened = {split: Tokens(str(tmp_path), split, 300) for split in ("train", "val")}
+    opened = {split: Tokens(str(folder), split, 300) for split in ("train", "val")}
     found = {}
     for split, tokens in opened.items():
         ids = tokens.read(0, tokens.count)
@@ -181,8 +186,9 @@ def test_shards_are_one_text(undisturbed, tmp_path):
     assert 20 < len(opened["train"].shards) < 60 and len(opened["val"].shards) == 1
     cut = 0
     for text in texts:
-        if text in (found["train"][-1:] + found["val"][-1:]):
-            found["train" if found["train"][-1:] == [text] else "val"].pop()
+        whole = [split for split in found if found[split][-1:] == [text]]
+        if whole:
+            found[whole[0]].pop()
         else:  # its end is val
             assert found["train"].pop() + found["val"].pop() == text
             cut += 1
@@ -192,24 +198,34 @@ def test_shards_are_one_text(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("unlike", [0, 1, 3])
-def test_the_share_of_val_over_shards(unlike):
-    """Stays near to a hundredth of what was read, from shard to shard."""
-    source, state = np.random.default_rng(0), pieces.State()
-    for number in range(200):
-        sizes = np.maximum(1, source.lognormal(7, unlike, source.integers(1, 300))).astype(int)
-        val, cut, share = pieces.draw(state, sizes, number)
+def test_the_share_of_val(unlike):
+    """Near a hundredth of a text, and from shard to shard of what was read: whole documents
+    wherever there are many, of one size or of sizes that differ much."""
+    source = np.random.default_rng(0)
+
+    def drawn(state: pieces.State, documents: int, number: int) -> float:
+        sizes = np.maximum(1, source.lognormal(7, unlike, documents)).astype(int)
+        whole, cut, share = pieces.draw(state, sizes, number)
+        assert not share or cut not in whole
         state.text += int(sizes.sum())
-        state.val += int(sizes[val].sum() + share * sizes[cut])
+        state.val += int(sizes[whole].sum() + share * sizes[cut])
         assert 0.0074 < state.val / state.text < 0.0126
+        return share
+
+    for documents in (1, 2, 3, 10, 99, 100, 150, 1000, 100_000):
+        share = drawn(pieces.State(), documents, 0)
+    assert share == 0
+    state = pieces.State()
+    for number in range(200):
+        drawn(state, source.integers(1, 300), number)
 
 
 def test_what_is_refused_while_it_is_not_complete(undisturbed, tmp_path):
     """Another command, and a second process."""
     args, _ = undisturbed
     out = tmp_path / "out"
-    running = start(*args, "--out", out, "--num_proc", 1)
-    while not shards(out):
-        time.sleep(0.005)
+    running = start(*args, "--out", out, num_proc=1)
+    wait_for_shards(running, out, 1)
     os.kill(running.pid, signal.SIGSTOP)
     try:
         assert_fails(start(*args, "--out", out), "out is being prepared by another process")
@@ -226,52 +242,40 @@ def test_what_is_refused_while_it_is_not_complete(undisturbed, tmp_path):
 def test_a_process_that_is_killed(undisturbed, tmp_path):
     """As the kernel does when the memory is full: one line, and the shards are kept."""
     args, _ = undisturbed
-    process = start(*args, "--out", tmp_path / "out", "--num_proc", 2)
-    while not shards(tmp_path / "out"):
-        time.sleep(0.005)
+    process = start(*args, "--out", tmp_path / "out")
+    wait_for_shards(process, tmp_path / "out", 1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     assert_fails(process, "a process was killed", "run the same command again", "--num_proc")
     assert shards(tmp_path / "out")
 
 
-def test_no_text_is_copied(undisturbed, tmp_path):
-    """A source that can be read twice is; of the text there is nothing on the disk."""
-    args, _ = undisturbed
-    out = tmp_path / "out"
-    kill_when(start(*args, "--out", out, "--num_proc", 1), out, 15)
-    files = [path for path in out.rglob("*") if path.is_file()]
-    kinds = {path.name.split("-")[0] for path in files}
-    assert kinds == {"job.json", "vocabulary.json", "shard", "train", "val"}
-    assert sum(path.stat().st_size for path in files) < 1.2 * args[0].stat().st_size
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_shards_of_every_kind_of_file(tmp_path, monkeypatch, kind, every):
+def test_shards_of_every_kind_of_file(tmp_path, monkeypatch, kind):
     """Each is read from its own place, also by a process that has every second or third."""
     monkeypatch.setattr(pieces, "SHARD", 1000)
     monkeypatch.setattr(pieces, "GROWTH", 0)
     texts = [f"document {i} " + "word " * (i % 50) for i in range(200)]
     records = [{"text": text} for text in texts]
     path = tmp_path / f"a.{kind}"
-    lines = "".join(json.dumps(record) + "\n" for record in records)
     if kind == "parquet":
-        table = pyarrow.table({"text": texts})
-        pyarrow.parquet.write_table(table, path, row_group_size=30)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=30)
     elif kind == "csv":
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    elif kind == "json":
+        path.write_text(json.dumps(records))
     else:
-        raw = (json.dumps(records) if kind == "json" else lines).encode()
-        path.write_bytes(gzip.compress(raw) if kind == "jsonl.gz" else raw)
+        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+        path.write_bytes(gzip.compress(lines) if kind == "jsonl.gz" else lines)
     planned = [piece for _, piece in pieces.pieces([str(path)], "text", pieces.draw)]
     assert len(planned) > 20
-    found = {}
-    for first in range(every):  # each process has its own order
-        for number in range(first, len(planned), every):
-            found[number] = "".join(text for _, text in planned[number].texts())
-    assert "".join(found[number] for number in sorted(found)) == "".join(texts)
+    for every in (1, 2, 3):
+        found = {}
+        for first in range(every):  # each process has its own order
+            for number in range(first, len(planned), every):
+                found[number] = "".join(text for _, text in planned[number].texts())
+        assert "".join(found[number] for number in sorted(found)) == "".join(texts)
 
 
 def test_texts_of_the_hub_are_copied_once(tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
-"""What others make of a run, with their real packages, offline: trackers and lm-eval. They need an
-environment of their own: make test-tools."""
+"""What others make of a run, with their real packages, offline: trackers, transformers 4 and
+Kubeflow. They need an environment of their own: make test-tools."""
 
 import json
-import math
 import os
 import sqlite3
 import struct
@@ -11,16 +10,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, cloned, records, text, worked
-from helpers import bits_in_lm_eval, typed
+from conftest import ROOT, records, worked
+from helpers import typed
 from tokenizers import Tokenizer
-
-from common.files import read_sealed
-from common.tokens import write_meta
 
 pytestmark = pytest.mark.tools
 FLAGS = ["--eval_steps", "3", "--eval_batches", "1", "--sample_prompts", "[abc, the]"]
@@ -96,35 +91,6 @@ def test_wandb_without_a_key_does_not_end_the_training(config, tmp_path):
     assert "Traceback" not in seen.stderr
 
 
-def test_lm_eval_finds_the_loss_that_eval_py_finds(config, tmp_path):
-    """On a text of a whole number of windows, which follows an end of text, as lm-eval begins."""
-    clone, length, windows = cloned(tmp_path / "clone"), 32, 20
-    lines = (json.dumps({"text": text(i, 400)}) for i in range(40))
-    (tmp_path / "words.jsonl").write_text("\n".join(lines))
-    prepare = ["--name", "bpe", "--tokenizer", "bpe:300", str(tmp_path / "words.jsonl")]
-    typed(str(clone / "data/prepare.py"), *prepare)
-    folder = clone / "data/bpe"
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|endoftext|>")
-    whole = text(99, 4000)
-    encoded = ((n, tokenizer.encode(whole[:n]).ids) for n in range(500, 4000))
-    cut, ids = next((n, ids) for n, ids in encoded if len(ids) == length * windows)
-    np.array([end, *ids], np.uint16).tofile(folder / "val.bin")
-    meta = read_sealed(folder / "meta.json")
-    meta["bytes"]["val"] = cut
-    write_meta(folder, meta)
-    flags = ["--dataset", str(folder), "--vocab_size", str(meta["vocab_size"])]
-    worked(train(config, *flags, "--sample_prompts", "null"))
-    arguments = [config.path, *flags, "--checkpoint_path", str(config.out)]
-    ours = json.loads(typed("eval.py", *arguments, "--json"))
-    assert ours["tokens"] == length * windows
-    exported = tmp_path / "exported"
-    typed("export.py", "--checkpoint_path", str(config.out), "--out", str(exported))
-
-    theirs = bits_in_lm_eval(exported, whole[:cut], tmp_path / "tasks")
-    assert theirs * math.log(2) * cut / ours["tokens"] == pytest.approx(ours["loss"], rel=1e-4)
-
-
 OPEN = """
 import sys
 import torch
@@ -138,19 +104,24 @@ torch.save((ids, model(torch.arange(20)[None]).logits.detach(), ends), sys.argv[
 """
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3"])
+LLAMA = ["--norm", "rmsnorm", "--positions", "rotary", "--activation", "swiglu"]
+LLAMA += ["--rope_theta", "500000.0"]
+WIDE = ["--bias", "false", "--head_width", "24"]
+KINDS = {
+    "gpt2": [],
+    "llama": [*LLAMA, *WIDE, "--rope_scaling", "8"],
+    "qwen2": [*LLAMA, "--bias", "qkv"],
+    "qwen3": [*LLAMA, *WIDE, "--qk_norm", "true"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_4_opens_an_export(config, tmp_path, pytestconfig, kind):
     """With equal logits, ids, begin and end, also where rope_theta is not its default."""
     python = pytestconfig.getoption("--transformers4")
     if python is None:
         pytest.skip("--transformers4 names a Python with transformers 4")
-    flags = {"gpt2": [], "qwen2": ["--bias", "qkv"], "llama": ["--bias", "false"]}
-    flags["llama"] += ["--rope_scaling", "8", "--head_width", "24"]
-    flags["qwen3"] = ["--bias", "false", "--qk_norm", "true", "--head_width", "24"]
-    llama = ["--norm", "rmsnorm", "--positions", "rotary", "--activation", "swiglu"]
-    llama += ["--rope_theta", "500000.0"]
-    more = [*([] if kind == "gpt2" else llama), *flags[kind]]
-    worked(train(config, *more, "--sample_prompts", "null"))
+    worked(train(config, *KINDS[kind], "--sample_prompts", "null"))
     exported = tmp_path / "exported"
     typed("export.py", "--checkpoint_path", str(config.out), "--out", str(exported))
     seen = []
