@@ -122,6 +122,14 @@ def test_as_many_blocks_stay_on_the_device_as_fit(run):
     assert seen.status == 0 and " of 32 blocks stay on the device, which saves " in seen.out
 
 
+def test_a_cpu_has_one_place_for_the_inputs_of_blocks():
+    keys = {"engine": "streaming", "activation_checkpointing": True, "batch_size": 64}
+    cpu = replace(gpu(), backend="CPU")
+    places = ("host", "device")
+    host, device = (planned(cpu, **keys, activation_location=place).bytes for place in places)
+    assert host == device
+
+
 def test_what_is_asked_for_is_kept(run, config):
     """Without recomputation there is nothing to keep in host memory, and that is no error."""
     keys = RECOMPUTED | {"micro_batch_size": 2}
