@@ -302,5 +302,7 @@ class Forks:
         """Waits until the process has stopped at its point."""
         deadline = time.monotonic() + timeout
         while ") T " not in Path(f"/proc/{process.pid}/stat").read_text():
-            assert process.is_alive() and time.monotonic() < deadline, process.files
+            if not process.is_alive() or time.monotonic() > deadline:
+                process.kill()
+                raise AssertionError(f"it does not stop: {process.files}")
             time.sleep(0.01)

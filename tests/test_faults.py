@@ -34,8 +34,8 @@ ENGINES = {
     "streaming, disk": ["--engine", "streaming", "--stream_to", "disk"],
     "sharded": ["--num_systems", 2],
 }
-LONG = pytest.param("sharded", marks=pytest.mark.long)  # seconds for each of its runs
-ALONE = [engine for engine in ENGINES if engine != "sharded"]
+LATER = [pytest.param(name, marks=pytest.mark.long) for name in ("streaming, RAM", "sharded")]
+EVERY = ["resident", "streaming, disk", *LATER]  # the first two have every kind of file
 LATEST = ["--checkpoint_path", "latest"]
 SAME = "all whole, all resumed with equal losses"
 
@@ -201,7 +201,7 @@ AT_EVERY = {  # name: kind, whether at reads
 
 
 @pytest.mark.parametrize("name", AT_EVERY)
-@pytest.mark.parametrize("engine", [*ALONE, LONG])
+@pytest.mark.parametrize("engine", EVERY)
 def test_at_every_write_or_read(runs, engine, name, some, tally):
     """In a run that saves, deletes the checkpoint before and evaluates: at every call that changes
     a file of out_dir, before it and in the middle of writes; or at every read of the dataset, the
@@ -238,7 +238,7 @@ def test_at_every_write_or_read(runs, engine, name, some, tally):
     tally(name, engine, len(jobs), note + SAME)
 
 
-@pytest.mark.parametrize("engine", [*ALONE, LONG])
+@pytest.mark.parametrize("engine", EVERY)
 def test_killed_at_random_moments(runs, engine, source, request, tally):
     """Again and again, until it is through; of several systems one."""
     runs = runs(engine)
@@ -282,7 +282,7 @@ def test_a_limit_on_files(runs, engine, tally):
     tally("a limit on the size of files (RLIMIT_FSIZE)", engine, 2, f"stopped with a line; {SAME}")
 
 
-@pytest.mark.parametrize("engine", [*ALONE, LONG])
+@pytest.mark.parametrize("engine", EVERY)
 def test_short_reads_and_a_clock_that_jumps(runs, engine, source, tally):
     runs = runs(engine)
     out = runs.copy()
@@ -316,7 +316,7 @@ def break_off(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "half copied"])
-@pytest.mark.parametrize("engine", ["resident", LONG])
+@pytest.mark.parametrize("engine", ["resident", LATER[1]])
 def test_a_damaged_checkpoint(runs, engine, damage, some, tally):
     """It is refused by name by every start in its folder, which deletes nothing; moved away, the
     one before goes on to the same numbers."""
@@ -344,11 +344,7 @@ def test_a_damaged_checkpoint(runs, engine, damage, some, tally):
 
     names = some(engine, sorted(path.name for path in runs.undisturbed.glob("checkpoint_4.mdl/*")))
     at_once(resume, names)
-    name = (
-        "a checkpoint is half copied"
-        if damage == "half copied"
-        else f"a file of a checkpoint is {damage}"
-    )
+    name = damage if damage == "half copied" else f"a file of a checkpoint is {damage}"
     note = f"refused by name, nothing deleted; moved away: {SAME.removeprefix('all whole, ')}"
     tally(name, engine, len(names), note)
 
@@ -366,9 +362,11 @@ def test_a_damaged_file_of_the_store(runs, damage, source, tally):
         out = runs.copy()
         (process,) = runs.begin(out, *LATEST, fault=AT_A_RECORD)
         runs.forks.await_pause(process)
-        files = [path for path in out.glob(f"{PREFIX}*/*") if path.stat().st_size]
-        DAMAGES[damage](source.choice(sorted(files)))
-        os.kill(process.pid, signal.SIGCONT)
+        try:
+            files = [path for path in out.glob(f"{PREFIX}*/*") if path.stat().st_size]
+            DAMAGES[damage](source.choice(sorted(files)))
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
         seen = runs.forks.end(process)
         assert not list(out.glob(f"{PREFIX}*"))
         if seen.status == 0:
@@ -394,10 +392,10 @@ def test_two_runs_in_one_folder(runs, tally):
     (process,) = runs.begin(out, *LATEST, fault=AT_A_RECORD)
     runs.forks.await_pause(process)
     seen = runs.train(out, *LATEST)
-    told_in_a_line(seen)
-    assert f"{out} is in use by process {process.pid}; use another --out_dir" in seen.err
     process.kill()
     runs.forks.end(process)
+    told_in_a_line(seen)
+    assert f"{out} is in use by process {process.pid}; use another --out_dir" in seen.err
     assert (out / "lock").is_file()
     runs.check(out)
     tally("two runs in one out_dir, a stale lock", "resident", 2, "refused; not in the way")
@@ -417,17 +415,8 @@ def test_numbers_that_are_not_finite(runs, tally):
     the steps after it give the same numbers, in the sharded engine to rounding. Ten in a row stop
     the run, which names the last checkpoint that is good."""
     losses = {}
-    flags = [
-        "--num_steps",
-        40,
-        "--checkpoint_steps",
-        5,
-        "--eval_steps",
-        40,
-        "--keep_checkpoints",
-        2,
-    ]
-    flags += ["--dropout", 0.0]  # systems draw other masks
+    flags = ["--num_steps", 40, "--checkpoint_steps", 5, "--eval_steps", 40]
+    flags += ["--keep_checkpoints", 2, "--dropout", 0.0]  # systems draw other masks
     for engine in ENGINES:
         there = runs(engine)
         out = there.folder / "spoiled"
@@ -453,7 +442,7 @@ def test_numbers_that_are_not_finite(runs, tally):
     tally(fault, "every engine", 14 * len(ENGINES), note)
 
 
-@pytest.mark.parametrize("engine", ["resident", "streaming, RAM", LONG])
+@pytest.mark.parametrize("engine", ["resident", *LATER])
 def test_the_guard_against_spikes(runs, engine, tally):
     """It leaves out the step, is off by default, and a resumed run knows the steps before it."""
     runs, spike = runs(engine), Fault(spoiled={70: ("gradient", 1e6)})
