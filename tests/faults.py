@@ -39,11 +39,13 @@ import engines.base
 import engines.resident
 import engines.sharded
 import engines.streaming
+import eval
 import train
 from common.console import command
 from model import GPT
 from weights import checkpoint
 
+COMMANDS = {"train": train.main, "eval": eval.main}
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "pause": signal.SIGSTOP}
 IMPORTED_LATE = [
     *("engines.resident", "engines.streaming", "engines.sharded", "torch.utils.tensorboard"),
@@ -240,7 +242,8 @@ def run(arguments: list, fault: Fault, environment: dict, out: str, err: str, to
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
     os.environ.update(environment)
-    sys.argv = ["train.py", *arguments]
+    name, *rest = arguments
+    sys.argv = [f"{name}.py", *rest]
     if fault.clock:
         jump(fault.clock)
     spoil(fault.spoiled)
@@ -250,7 +253,7 @@ def run(arguments: list, fault: Fault, environment: dict, out: str, err: str, to
     hooks = Hooks(fault)
     hooks.install()
     try:
-        command(train.main)
+        command(COMMANDS[name])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -269,7 +272,7 @@ class Forks:
         self.context.set_forkserver_preload(["faults", *IMPORTED_LATE])
 
     def start(self, *arguments: object, fault: Fault | None = None, **environment: str):
-        """train.py with a fault; `end` waits for it."""
+        """A command with a fault, such as "train" and its arguments; `end` waits for it."""
         number = next(self.numbers)
         out, err = (str(self.folder / f"{number}.{kind}") for kind in ("out", "err"))
         for file in (out, err):  # it may be killed before it opens them

@@ -100,7 +100,7 @@ class Runs:
 
     def begin(self, out: Path, *flags: object, fault: Fault | None = None, struck: int = 0) -> list:
         """The processes of a run; the fault is of the system `struck`."""
-        arguments = [self.config, "--out_dir", out, *ENGINES[self.engine], *flags]
+        arguments = ["train", self.config, "--out_dir", out, *ENGINES[self.engine], *flags]
         if self.systems == 1:
             return [self.forks.start(*arguments, fault=fault)]
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
