@@ -7,6 +7,7 @@ A hooked call is a point. Points are applied, and at the one that was asked for 
     unread   a read fails
     short    every read gives half of what was asked for
     stop     SIGTERM arrives, and the call goes on
+    pause    the process stops where it is, until it gets a SIGCONT
 """
 
 import builtins
@@ -45,9 +46,11 @@ from model import GPT
 from weights import checkpoint
 
 COMMANDS = {"train": train.main, "eval": eval.main}
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "pause": signal.SIGSTOP}
 IMPORTED_LATE = [
     *("engines.resident", "engines.streaming", "engines.sharded", "torch.utils.tensorboard"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo"),
+    *("weights.huggingface", "transformers.tokenization_utils_tokenizers"),
 ]
 
 
@@ -65,31 +68,30 @@ class Fault:
     reads: bool = False  # the points are reads, not writes
     clock: int = 0  # a seed: of jumps of the wall clock
     spoiled: dict = field(default_factory=dict)  # step -> (what: activation or gradient, factor)
-    read_only: bool = False  # without root's right to write everywhere
-    file_limit: int | None = None  # bytes in a file
+    file_limit: int = 0  # bytes in a file
 
 
 class Hooks:
     """Counts points and strikes."""
 
     def __init__(self, fault: Fault):
-        self.fault, self.points = fault, 0
+        self.fault, self.points, self.lock = fault, 0, threading.Lock()
 
     def strike(self, path: object, half: Callable[[], object] = lambda: None) -> bool:
         """A point. `half` does half of the work; returns whether a read is to be short."""
         if not re.search(self.fault.where, str(path)):
             return False
-        self.points += 1
+        with self.lock:  # of the threads of a store each point is another
+            self.points += 1
+            struck = self.points == self.fault.at
         if self.fault.kind == "short":
             return True
-        if self.points != self.fault.at:
+        if not struck:
             return False
         if self.fault.kind in ("kill", "full"):
             half()
-        if self.fault.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault.kind == "stop":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.fault.kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.fault.kind])
         if self.fault.kind in ("full", "unread"):
             number = errno.ENOSPC if self.fault.kind == "full" else errno.EIO
             raise OSError(number, os.strerror(number))
@@ -233,22 +235,14 @@ def spoil(spoiled: dict) -> None:
     engines.base.learning_rate, GPT.__init__ = learning_rate, __init__
 
 
-def forget_rights() -> None:
-    """Root without its capabilities has the rights that the files give it."""
-    import ctypes
-
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
-    assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
-
-
 def run(arguments: list, fault: Fault, environment: dict, out: str, err: str, told: object) -> None:
     """What a fork does: the command, its output in files; `told` is sent the number of points."""
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-    name, *rest = map(str, arguments)
     os.environ.update(environment)
+    name, *rest = arguments
     sys.argv = [f"{name}.py", *rest]
     if fault.clock:
         jump(fault.clock)
@@ -256,8 +250,6 @@ def run(arguments: list, fault: Fault, environment: dict, out: str, err: str, to
     if fault.file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_limit, fault.file_limit))
-    if fault.read_only:
-        forget_rights()
     hooks = Hooks(fault)
     hooks.install()
     try:
@@ -280,7 +272,7 @@ class Forks:
         self.context.set_forkserver_preload(["faults", *IMPORTED_LATE])
 
     def start(self, *arguments: object, fault: Fault | None = None, **environment: str):
-        """A command with a fault; `end` waits for it."""
+        """A command with a fault, such as "train" and its arguments; `end` waits for it."""
         number = next(self.numbers)
         out, err = (str(self.folder / f"{number}.{kind}") for kind in ("out", "err"))
         for file in (out, err):  # it may be killed before it opens them
@@ -294,9 +286,12 @@ class Forks:
         process.files, process.told = (out, err), ours
         return process
 
-    def end(self, process: object, timeout: float = 120) -> SimpleNamespace:
-        """Its status (negative: the signal that killed it), output and points."""
-        assert wait([process.sentinel], timeout), f"it hangs: {process.files}"
+    def end(self, process: object, timeout: float = 600) -> SimpleNamespace:
+        """Its status (negative: the signal that killed it), output and points; NaN if it was
+        killed."""
+        if not wait([process.sentinel], timeout):
+            process.kill()
+            raise AssertionError(f"it hangs: {process.files}")
         with self.lock:  # several threads can't ask for it
             process.join()
         out, err = (Path(path).read_text() for path in process.files)
@@ -306,5 +301,11 @@ class Forks:
                 points = process.told.recv()
         return SimpleNamespace(status=process.exitcode, out=out, err=err, points=points)
 
-    def __call__(self, *arguments: object, **keys: object) -> SimpleNamespace:
-        return self.end(self.start(*arguments, **keys))
+    def await_pause(self, process: object, timeout: float = 600) -> None:
+        """Waits until the process has stopped at its point."""
+        deadline = time.monotonic() + timeout
+        while ") T " not in Path(f"/proc/{process.pid}/stat").read_text():
+            if not process.is_alive() or time.monotonic() > deadline:
+                process.kill()
+                raise AssertionError(f"it does not stop: {process.files}")
+            time.sleep(0.01)

@@ -39,16 +39,7 @@ def killed(
         record: a file for the losses of both runs and the steps of the kills
     """
     folders = [Path("out/undisturbed"), Path("out/killed")]
-    source, kills = random.Random(seed), [[], []]
-    for number, out in enumerate(folders):
-        shutil.rmtree(out, ignore_errors=True)
-        began = time.monotonic()
-        while not train(config, out, source.uniform(0, 2 * seconds) if number else None):
-            kills[number].append(last_step(out))
-            count = len(kills[number])
-            print(f"{out}: {time.monotonic() - began:.0f} s, kill {count}, {reached(out)}")
-        count = len(kills[number])
-        print(f"{out}: {time.monotonic() - began:.0f} s, {count} kills, {reached(out)}")
+    kills = [train(config, folders[0], None), train(config, folders[1], seconds, seed)]
     same = figures(folders[0]) == figures(folders[1]) and sums(folders[0]) == sums(folders[1])
     print(f"losses, evaluations and weights are {'equal bit for bit' if same else 'NOT equal'}")
     if record is not None:
@@ -60,29 +51,27 @@ def killed(
     return not same
 
 
-def train(config: str, out: Path, seconds: float | None) -> bool:
-    """Whether it came to its end before it was killed."""
+def train(config: str, out: Path, seconds: float | None, seed: int = 0) -> list[int]:
+    """Starts it again until it is through; the steps at which it was killed."""
+    shutil.rmtree(out, ignore_errors=True)
     words = [sys.executable, ROOT / "train.py", config, "--out_dir", out, *FLAGS]
-    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, errors = run.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        run.kill()
-        run.communicate()
-        return False
-    if run.returncode and "nothing is left to train" not in errors:  # killed after its end
-        sys.exit(errors)
-    return True
-
-
-def last_step(out: Path) -> int:
-    """Of metrics.jsonl, 0 before the first."""
-    found = list(read_records(out / "metrics.jsonl"))
-    return found[-1]["step"] if found else 0
-
-
-def reached(out: Path) -> str:
-    return f"checkpoints of steps {list(find_checkpoints(out))}"
+    source = random.Random(seed)
+    kills = []
+    began = time.monotonic()
+    done = None
+    while done is None:
+        limit = seconds and source.uniform(0, 2 * seconds)
+        try:  # a run that lasts longer is killed
+            done = subprocess.run(words, timeout=limit, capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            found = list(read_records(out / "metrics.jsonl"))
+            kills.append(found[-1]["step"] if found else 0)
+            seconds *= 1.05 if kills[-2:-1] == kills[-1:] else 1  # it may start slowly here
+        saved = f"checkpoints of steps {list(find_checkpoints(out))}"
+        print(f"{out}: {time.monotonic() - began:.0f} s, {len(kills)} kills, {saved}")
+    if done.returncode and "nothing is left to train" not in done.stderr:  # killed after its end
+        sys.exit(done.stderr)
+    return kills
 
 
 def sums(out: Path) -> dict[str, str]:

@@ -251,28 +251,24 @@ class Watch(TorchDispatchMode):
                 detector.merge(detector.thread(), detector.clocks[actor])
 
 
-class WatchedFuture(Future):
-    """Whoever has the result comes after the task."""
-
-    detector: Detector
-    ended: Clock
-
-    def result(self, timeout: float | None = None) -> object:
-        try:
-            return super().result(timeout)
-        finally:
-            self.detector.merge(self.detector.thread(), self.ended)
-
-
 def watched(detector: Detector, monkeypatch) -> None:
     """Has engines made from now on run as on a GPU, under the detector."""
+
+    class Task(Future):
+        """Whoever has the result comes after the task."""
+
+        ended: Clock = {}  # noqa: RUF012
+
+        def result(self, timeout: float | None = None) -> object:
+            try:
+                return super().result(timeout)
+            finally:
+                detector.merge(detector.thread(), self.ended)
 
     class Pool(ThreadPoolExecutor):
         def submit(self, work: Callable, *args) -> Future:
             begun, delay = detector.tick(detector.thread()), detector.source.random()
-            future = WatchedFuture()
-            future.detector, future.ended = detector, {}
-
+            future = Task()
             self.__dict__.setdefault("futures", []).append(future)
 
             def run() -> None:

@@ -1,8 +1,9 @@
 """What each input worker of an appliance streams, through the package's own pipeline.
 
 workers.py send FILE SPLIT, then the arguments of train.py, writes what the engine would send;
-workers.py stream FILE SYSTEMS WORKERS SIZES, in a process that knows no more than a worker, prints
-its batches as JSON. SIZES are the rows that the compiler gave each system, in parts: [[2],[1,1]].
+workers.py stream FILE CASES, in a process that knows no more than a worker, prints the batches of
+each case as JSON. A case has the systems, the workers of each, and the rows that the compiler gave
+each system, in parts: [2, 1, [[2], [1, 1]]].
 """
 
 import json
@@ -42,9 +43,7 @@ def send(file: str, split: str) -> None:
     Path(file).write_text(json.dumps(content))
 
 
-def stream(file: str, *words: str) -> None:
-    content = json.loads(Path(file).read_text())
-    systems, workers, sizes = map(json.loads, words)
+def stream(content: dict, systems: int, workers: int, sizes: list[list[int]]) -> list:
     streamed = []
     for rank in range(systems * workers):
         ApplianceWorkerClusterResolver.configure(rank, systems * workers, systems, workers)
@@ -62,10 +61,11 @@ def stream(file: str, *words: str) -> None:
         )
         blocks = len(parts) * len(range(content["steps"])[rank % workers :: workers])
         streamed.append([[b[0].tolist(), b[1].tolist()] for b in islice(generator, blocks)])
-    print(json.dumps(streamed))
+    return streamed
 
 
 if sys.argv.pop(1) == "send":
     send(sys.argv.pop(1), sys.argv.pop(1))
 else:
-    stream(*sys.argv[1:])
+    content = json.loads(Path(sys.argv[1]).read_text())
+    print(json.dumps([stream(content, *case) for case in json.loads(sys.argv[2])]))
