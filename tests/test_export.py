@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, VOCABULARY, records, write_dataset
+from conftest import ROOT, VOCABULARY, records, refused, write_dataset
 from safetensors.torch import load_file, save_file
-from test_train import refused
 
 from common.files import read_sealed, write_sealed
 from model import GPT, MLP, Block, GPTConfig, Head, Norm

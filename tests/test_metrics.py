@@ -70,7 +70,7 @@ def test_a_damaged_file_has_no_evaluation(run, config):
 
 
 @pytest.mark.parametrize("name", [r"o$\frac$", "$", "a_b^{", "50% $x$"])
-def test_the_title_of_the_picture_is_plain_text(run, config, tmp_path, name):
+def test_the_title_of_the_picture_is_plain_text(run, config, pictures, tmp_path, name):
     out = tmp_path / name
     seen = run("train", config.path, "--num_steps", 1, "--out_dir", out)
     assert seen.status == 0, seen.err

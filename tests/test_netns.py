@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, records
-from test_sharded import equal_records
-from test_train import close
+from helpers import close, equal_records
 
 PORT = 29411
 

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import eval_data
+from helpers import (
+    GPU_CASES,
+    batches_of,
+    engine_config,
+    equal_runs,
+    eval_data,
+    quiet,
+    streaming_config,
+    train,
+)
 from races import ENGINES, Detector, Watch, watched
-from test_gpu import STREAMED
-from test_streaming import equal_runs, streaming_config
-from test_train import batches_of, engine_config, quiet, train
 
 import loss
 import ops
@@ -19,7 +25,7 @@ from engines import buffers, open_engine, store, streaming
 
 WAITS = {"wait_event", "synchronize", "wait_stream", "record_stream"}
 CASES = [
-    *STREAMED,
+    *GPU_CASES,
     {"stream_to": "ram", "micro_batch_size": 1, "stream_batch_size": 2, "depth": 1},
     {"stream_to": "disk", "micro_batch_size": 1, "stream_batch_size": 1, "depth": 1},
     {
