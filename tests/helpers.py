@@ -279,10 +279,6 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in checkpoint.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-def state_of(engine) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for _, group in engine.state() for name, t in group.items()}
-
-
 # A program that a reader changed
 
 
