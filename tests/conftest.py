@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -60,12 +61,16 @@ def worked(done: CompletedProcess) -> str:
     return done.stdout
 
 
-def refused(done: CompletedProcess, message: str) -> None:
-    """In one line, the last: log lines of a library may come before it."""
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert message in done.stderr.splitlines()[-1]
+def refused(seen: CompletedProcess | SimpleNamespace, message: str) -> None:
+    """Check that a command said why in one line, the last. Before it come warnings alone, or of a
+    command that was typed the log lines of a library."""
+    if isinstance(seen, CompletedProcess):
+        seen = SimpleNamespace(status=seen.returncode, err=seen.stderr, libraries=True)
+    assert seen.status == 1
+    assert "Traceback" not in seen.err
+    *before, line = seen.err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert hasattr(seen, "libraries") or all(other.startswith("warning: ") for other in before)
 
 
 def text(seed: int, words: int) -> str:
@@ -171,6 +176,35 @@ def run(monkeypatch, capfd):
         return SimpleNamespace(status=stop.value.code or 0, out=out, err=err)
 
     return run
+
+
+@pytest.fixture
+def stopped(run, config) -> Path:
+    """The folder of a run that ended at step 3."""
+    assert run("train", config.path, "--num_steps", 3).status == 0
+    return config.out
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """To draw a loss curve takes longer than to train a small model: where a test does not ask for
+    `pictures`, files are made that show none."""
+    if "pictures" not in request.fixturenames and find_spec("matplotlib"):
+        path = "matplotlib.figure.Figure.savefig"
+        monkeypatch.setattr(path, lambda figure, file, **more: file.touch())
+
+
+@pytest.fixture
+def pictures():
+    """Loss curves are drawn, as for a user."""
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts commands in forks of a process that has everything imported (tests/faults.py)."""
+    from faults import Forks
+
+    return Forks(tmp_path_factory.mktemp("forks"), ROOT)
 
 
 def figures(out: Path) -> list[dict]:

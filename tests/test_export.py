@@ -14,13 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, VOCABULARY, records, write_dataset
-from helpers import train_once
+from conftest import ROOT, VOCABULARY, records, refused, write_dataset
+from helpers import our_logits, train_once
 from safetensors.torch import load_file, save_file
-from test_train import refused
 
 from common.files import read_sealed, write_sealed
-from model import GPT, MLP, Block, GPTConfig, Head, Norm
+from model import MLP, Block, GPTConfig, Head, Norm
 from runtime.samples import Sampling, draw
 from weights.checkpoint import MODEL_CODE, Checkpoint, model_code
 from weights.huggingface import INDEX, load_model, load_tokenizer
@@ -43,14 +42,6 @@ def exported(run, trained, tmp_path) -> Path:
     seen = run("export", "--checkpoint_path", trained.checkpoint, "--out", tmp_path / "exported")
     assert seen.status == 0, seen.err
     return tmp_path / "exported"
-
-
-def our_logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    shape = {k: getattr(checkpoint.config, k) for k in GPTConfig.__dataclass_fields__}
-    model = GPT(GPTConfig(**shape)).eval()
-    model.load_state_dict({name: checkpoint.read(name) for name in model.state_dict()})
-    with torch.no_grad():
-        return model(ids)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,11 +1,23 @@
-"""The engines on CUDA against the resident one on the CPU."""
+"""The engines on CUDA against the resident one, which on the GPU equals the one on the CPU."""
+
+import math
 
 import pytest
 import torch
 from conftest import records
-from test_compile import CASES, compiled_equals_eager, graphs
-from test_sharded import command
-from test_train import batches_of, close, engine_config, quiet, train
+from helpers import (
+    COMPILED,
+    GPU_CASES,
+    STREAMED,
+    batches_of,
+    command,
+    engine_config,
+    equal_records,
+    equal_runs,
+    graphs,
+    quiet,
+    train,
+)
 
 import loss
 from engines import buffers, store
@@ -14,20 +26,48 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+GPU = {"backend": "GPU"}
+DROPOUT = GPU | {"depth": 3, "dropout": 0.3, "micro_batch_size": 2}
+DEEP = GPU | {"depth": 6, "learning_rate": 1e-3}  # at 1e-2 rounding grows
+HALF = DEEP | {"precision": "bf16", "compile": True}
+KEPT = {"activation_checkpointing": False}
+# name -> (keys of the run that is followed, keys of its follower, steps, what may differ of losses
+# and of norms)
+CASES = {
+    "fp32": ({"backend": "CPU"}, GPU, 20, 1e-5, 1e-4),
+    "compiled": (GPU, GPU | {"compile": True}, 20, 1e-5, math.inf),
+    "tf32": (GPU, GPU | {"precision": "tf32"}, 20, 0.02, math.inf),
+    "bf16": (GPU, GPU | {"precision": "bf16"}, 20, 0.02, math.inf),
+}
+for name, way in {"resident": {}, "recomputed": STREAMED, "kept": STREAMED | KEPT}.items():
+    # a block that is computed again draws the masks of its forward pass
+    CASES[f"dropout, {name}"] = (DROPOUT, DROPOUT | {"compile": True} | way, 4, 1e-4, 1e-4)
+for number, way in enumerate(GPU_CASES):
+    same = {"micro_batch_size": way.get("micro_batch_size", 4)}
+    for name, base, tolerances in (
+        ("fp32", DEEP, (1e-5, 1e-4)),
+        ("bf16, compiled", HALF, (1e-3, math.inf)),
+    ):
+        follower = base | STREAMED | way
+        CASES[f"streaming {number}, {name}"] = (base | same, follower, 20, *tolerances)
 
 
 @pytest.fixture(autouse=True)
-def loss_in_chunks(monkeypatch):
-    """As models of a real size have it."""
+def small_chunks(monkeypatch):
+    """Of layers, so that copies in both directions and updates overlap, and of logits."""
+    monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
     monkeypatch.setattr(loss, "CHUNK", {"cpu": 16, "cuda": 16})
 
 
-@pytest.mark.parametrize("keys", [{"compile": True}, {"precision": "tf32"}])
-def test_faster_steps_follow_plain_ones(dataset, keys):
-    tolerance = 0.02 if "precision" in keys else 1e-5
-    plain, fast = (train(engine_config(backend="GPU", **k), dataset)[0] for k in ({}, keys))
-    for a, b in zip(plain, fast, strict=True):
-        assert close(b.loss, a.loss, tolerance)
+@pytest.mark.parametrize("case", CASES)
+def test_follows_resident(dataset, tmp_path, case):
+    first, keys, steps, of_loss, of_norm = CASES[case]
+    expected, _ = train(engine_config(**first), dataset, steps)
+    keys = keys | {"out_dir": str(tmp_path)}
+    staying = keys.pop("blocks_on_device", 0)
+    got, engine = train(engine_config(**keys), dataset, steps, staying)
+    engine.close()
+    equal_runs(expected, got, of_loss, of_norm)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(dataset):
@@ -43,97 +83,18 @@ def test_a_step_that_is_not_finite_changes_nothing(dataset):
         assert torch.equal(a, b)
 
 
-def test_fp32_equals_the_cpu(dataset):
-    cpu, gpu = (train(engine_config(backend=b), dataset)[0] for b in ("CPU", "GPU"))
-    for a, b in zip(cpu, gpu, strict=True):
-        assert close(b.loss, a.loss, 1e-5)
-        assert close(b.grad_norm, a.grad_norm, 1e-4)
-
-
-STREAMED = [
-    {"stream_to": "ram", "activation_checkpointing": True},
-    {"stream_to": "disk", "activation_checkpointing": True, "micro_batch_size": 1},
-    {"stream_to": "ram", "activation_checkpointing": False, "dropout": 0.0},
-    {
-        "stream_to": "ram",
-        "activation_checkpointing": True,
-        "micro_batch_size": 1,
-        "activation_location": "host",
-    },
-    {
-        "stream_to": "disk",
-        "activation_checkpointing": True,
-        "micro_batch_size": 1,
-        "stream_batch_size": 2,
-    },
-    {
-        "stream_to": "ram",
-        "activation_checkpointing": False,
-        "micro_batch_size": 1,
-        "stream_batch_size": 2,
-        "blocks_on_device": 2,
-    },
-]
-
-
-@pytest.mark.parametrize("keys", [{}, STREAMED[0]])
+@pytest.mark.parametrize("keys", [{}, STREAMED])
 def test_the_logits_of_texts_equal_the_cpu_s(dataset, tmp_path, keys):
     texts = [torch.arange(5), torch.arange(9)]
-    streamed = {"engine": "streaming", "activation_location": "device", "stream_batch_size": 4}
-    more = {"out_dir": str(tmp_path)} | (streamed if keys else {}) | keys
-    sides = ({"backend": "CPU"}, {"backend": "GPU", **more})
+    sides = ({"backend": "CPU"}, GPU | keys | {"out_dir": str(tmp_path)})
     cpu, gpu = (train(engine_config(**side), dataset, 1)[1].next_logits(texts) for side in sides)
     torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("keys", STREAMED)
-def test_streaming_equals_resident(dataset, tmp_path, monkeypatch, keys):
-    """Many small chunks, so that copies in both directions and updates overlap."""
-    monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
-    keys = {
-        "activation_location": "device",
-        "stream_batch_size": 4,
-        "depth": 6,
-        "learning_rate": 1e-3,
-    } | keys
-    staying = keys.pop("blocks_on_device", 0)
-    config = engine_config(backend="GPU", engine="streaming", out_dir=str(tmp_path), **keys)
-    same = {key: keys[key] for key in ("depth", "learning_rate")}
-    same["micro_batch_size"] = config.micro_batch_size
-    expected, _ = train(engine_config(backend="GPU", **same), dataset)
-    got, engine = train(config, dataset, blocks_on_device=staying)
-    for a, b in zip(expected, got, strict=True):
-        assert close(b.loss, a.loss, 1e-5)
-        assert close(b.grad_norm, a.grad_norm, 1e-4)
-    engine.close()
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COMPILED)
 def test_graphs(dataset, tmp_path, case):
-    found = graphs(dataset, tmp_path, "GPU", CASES[case])
+    found = graphs(dataset, tmp_path, "GPU", COMPILED[case])
     assert len(set(found.values())) == 1 and min(found.values()) > 0, found
-
-
-@pytest.mark.parametrize("keys", STREAMED)
-def test_compiled_streaming_follows_resident_in_bf16(dataset, tmp_path, monkeypatch, keys):
-    """At a rate at which rounding does not grow: at 1e-2 losses of equal steps differed by 5%."""
-    monkeypatch.setattr(store, "CHUNK", {"ram": 1024, "disk": 1024})
-    same = {"backend": "GPU", "precision": "bf16", "compile": True, "depth": 6}
-    same |= {"learning_rate": 1e-3, "micro_batch_size": keys.get("micro_batch_size", 4)}
-    expected, _ = train(engine_config(**same), dataset)
-    more = {"activation_location": "device", "stream_batch_size": 4, "out_dir": str(tmp_path)}
-    more |= same | keys
-    staying = more.pop("blocks_on_device", 0)
-    config = engine_config(engine="streaming", **more)
-    got, engine = train(config, dataset, blocks_on_device=staying)
-    engine.close()
-    for a, b in zip(expected, got, strict=True):
-        assert close(b.loss, a.loss, 1e-3)
-
-
-def test_compiled_dropout_equals_eager_dropout(dataset, tmp_path):
-    """A block that is computed again draws the masks of its forward pass."""
-    compiled_equals_eager(dataset, tmp_path, "GPU", dropout=0.3, tolerance=1e-4)
 
 
 def test_a_pin_that_fails_leaves_no_error_to_the_next_kernel():
@@ -144,64 +105,36 @@ def test_a_pin_that_fails_leaves_no_error_to_the_next_kernel():
     array.unpin()
 
 
-def test_a_run_crosses_from_resident_to_streaming(run, config):
-    flags = ["--backend", "GPU", "--precision", "fp32", "--checkpoint_path", "latest"]
-    for engine, steps in (("resident", 3), ("streaming", 6), ("resident", 8)):
-        seen = run("train", config.path, *flags, "--engine", engine, "--num_steps", steps)
-        assert seen.status == 0, seen.err
-    assert [r["step"] for r in records(config.out)] == [1, 2, 3, 4, 5, 6, 7, 8]
+TWO = ["--num_systems", 2]
+TWO_AGAIN = [*TWO, "--offload", "true", "--reshard_after_forward", "true"]
+NEEDS_TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+SHARDED = [pytest.param(more, marks=NEEDS_TWO) for more in (TWO, TWO_AGAIN)]
+for more in ([], ["--offload", "true"], ["--micro_batch_size", 1]):
+    SHARDED += [[*more, "--reshard_after_forward", flag] for flag in ("true", "false")]
 
 
-@pytest.mark.parametrize("more", [[], ["--offload", "true"], ["--micro_batch_size", 1]])
+@pytest.mark.parametrize("more", SHARDED)
 def test_sharded_equals_resident(run, config, tmp_path, more):
-    """One system; its process group would outlive the test in this process."""
-    flags = ["--backend", "GPU", "--precision", "fp32", "--out_dir"]
-    seen = run("train", config.path, *flags, tmp_path / "resident", "--engine", "resident")
+    """In a process of its own, as a process group would outlive the test in this one."""
+    flags = ["train", config.path, "--backend", "GPU", "--precision", "fp32"]
+    seen = run(*flags, "--out_dir", tmp_path / "resident", "--engine", "resident")
     assert seen.status == 0, seen.err
-    for reshard_after_forward in ("true", "false"):
-        sharded = [
-            *flags,
-            tmp_path / reshard_after_forward,
-            *more,
-            "--engine",
-            "sharded",
-            "--reshard_after_forward",
-            reshard_after_forward,
-        ]
-        command("train", config.path, *sharded)
-        for a, b in zip(
-            records(tmp_path / "resident"), records(tmp_path / reshard_after_forward), strict=True
-        ):
-            assert close(b["loss"], a["loss"], 1e-5)
-            assert close(b["grad_norm"], a["grad_norm"], 1e-4)
+    command(*flags, "--engine", "sharded", *more)
+    equal_records(tmp_path / "resident", config.out, of_norm=1e-4)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("more", [[], ["--offload", "true", "--reshard_after_forward", "true"]])
-def test_two_gpus_equal_one(run, config, tmp_path, more):
-    flags = ["--backend", "GPU", "--precision", "fp32"]
-    assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0
-    command("train", config.path, *flags, "--num_systems", 2, *more)
-    for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
-        assert close(b["loss"], a["loss"], 1e-5)
-        assert close(b["grad_norm"], a["grad_norm"], 1e-4)
-
-
-def test_bf16_follows_fp32(dataset):
-    exact, rounded = (
-        train(engine_config(backend="GPU", precision=p), dataset)[0] for p in ("fp32", "bf16")
-    )
-    for a, b in zip(exact, rounded, strict=True):
-        assert close(b.loss, a.loss, 0.02)
-
-
-def test_a_run_crosses_from_gpu_to_cpu(run, config):
-    flags = ["--backend", "GPU", "--num_steps", 3, "--precision", "fp32"]
-    seen = run("train", config.path, *flags)
-    assert seen.status == 0, seen.err
-    flags = ["--backend", "CPU", "--checkpoint_path", "latest", "--num_steps", 6]
-    assert run("train", config.path, *flags).status == 0
-    assert [r["step"] for r in records(config.out)] == [1, 2, 3, 4, 5, 6]
+def test_a_run_crosses_engines_and_backends(run, config):
+    flags = ["--precision", "fp32", "--checkpoint_path", "latest"]
+    for steps, backend, engine in (
+        (3, "GPU", "resident"),
+        (6, "GPU", "streaming"),
+        (8, "GPU", "resident"),
+        (10, "CPU", "resident"),
+    ):
+        keys = ["--backend", backend, "--engine", engine, "--num_steps", steps]
+        seen = run("train", config.path, *flags, *keys)
+        assert seen.status == 0, seen.err
+    assert [r["step"] for r in records(config.out)] == [*range(1, 11)]
 
 
 def test_sampling_on_the_gpu(run, config):

@@ -1,12 +1,14 @@
 """What a reader changes in model.py, and nowhere else, trains and evaluates in every engine."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import cloned, records, refused
+import torch
+from conftest import ROOT, records, refused
+from helpers import begin, changed, command, end, equal_records
+from torch import nn
+
+from model import Block
 
 QUERIES = '        if config.positions == "rotary":\n'
 ATTEND = "        y = ops.attention(q, k, v, is_causal=True, dropout_p=dropout)\n"
@@ -16,6 +18,11 @@ BLOCK_END = "        self.mlp = MLP(config)\n"
 HEAD_INIT = "        self.norm = Norm(config)\n"
 HEAD = "        return ops.logits(self.norm(x), table)\n"
 FIELD = "    tied_head: bool = True\n"
+README = {
+    '            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_new" else '
+    '"none")\n': "            x = F.relu(x).square()\n",
+    RESIDUAL: "        return x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))\n",
+}
 HACKS = {
     "a gain on queries": {
         ATTENTION_END: ATTENTION_END
@@ -65,53 +72,41 @@ ENGINES = {
 FLAGS = ["--batch_size", 40, "--micro_batch_size", 40, "--num_steps", 3, "--eval_steps", 3]
 
 
-def changed(folder: Path, *hacks: dict[str, str]) -> Path:
-    """A clone of the program, whose model.py has these changes."""
-    clone = cloned(folder)
-    source = (clone / "model.py").read_text()
-    for hack in hacks:
-        for before, after in hack.items():
-            assert source.count(before) == 1, before
-            source = source.replace(before, after)
-    (clone / "model.py").write_text(source)
-    return clone
-
-
-def typed(clone: Path, name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"{name}.py", *map(str, arguments)]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=clone, text=True, capture_output=True, env=variables)
-
-
 def same_in_every_engine(clone: Path, config, tmp_path: Path, *flags: object) -> list[dict]:
-    found = {}
+    """Train to step 2, and resume to step 3."""
     for engine, keys in ENGINES.items():
-        out = tmp_path / engine.replace(" ", "_")
-        done = typed(clone, "train", config.path, *FLAGS, *keys, *flags, "--out_dir", out)
-        assert done.returncode == 0, done.stderr
-        found[engine] = [record for record in records(out, "step")]
-    for engine in ENGINES:
-        for a, b in zip(found["resident"], found[engine], strict=True):
-            for key in {"loss", "grad_norm", "val_loss"} & set(a):
-                assert b[key] == pytest.approx(a[key], rel=1e-5), (engine, key, a["step"])
-    return found["resident"]
+        out = ["--out_dir", tmp_path / engine, "--checkpoint_path", "latest", "--decay_steps", 2]
+        for steps in (2, 3):
+            more = [*keys, *flags, *out, "--num_steps", steps]
+            command("train", config.path, *FLAGS, *more, root=clone)
+        equal_records(tmp_path / "resident", tmp_path / engine)
+    return records(tmp_path / "resident")
+
+
+@pytest.mark.long
+def test_the_readme_s_changes(config, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    assert all(before in readme and after in readme for before, after in README.items())
+    clone = changed(tmp_path / "clone", README)
+    seen = same_in_every_engine(clone, config, tmp_path, "--bias", "false")
+    command("train", config.path, *FLAGS, "--bias", "false")
+    assert seen[-1]["loss"] != pytest.approx(records(config.out)[-1]["loss"], rel=1e-4)
+    assert seen[-1]["loss"] < seen[0]["loss"]
 
 
 @pytest.mark.long
 def test_all_hacks_at_once(config, tmp_path):
-    plain = typed(cloned(tmp_path / "plain"), "train", config.path, *FLAGS)
-    assert plain.returncode == 0, plain.stderr
+    command("train", config.path, *FLAGS)
     two_residuals = [hack for name, hack in HACKS.items() if name != "another residual"]
     clone = changed(tmp_path / "clone", *two_residuals)
     seen = same_in_every_engine(clone, config, tmp_path, "--logit_cap", 0.8)
     before = records(config.out)
     assert seen[0]["loss"] != pytest.approx(before[0]["loss"], rel=1e-3)
-    losses = [record["loss"] for record in seen if "loss" in record]
-    assert losses[-1] < losses[0]
+    assert seen[-1]["loss"] < seen[0]["loss"]
     # a checkpoint of the model as it was lacks what this one has
     old = config.out / "checkpoint_3.mdl"
-    done = typed(clone, "eval", config.path, "--checkpoint_path", old)
-    refused(done, f"{old} lacks decoder.0.attn.gain, which model.py has")
+    seen = end(begin("eval", config.path, "--checkpoint_path", old, root=clone))
+    refused(seen, f"{old} lacks decoder.0.attn.gain, which model.py has")
 
 
 @pytest.mark.long
@@ -120,8 +115,14 @@ def test_each_hack(config, tmp_path, hack):
     same_in_every_engine(changed(tmp_path / "clone", HACKS[hack]), config, tmp_path)
 
 
-def test_a_scalar_parameter_is_refused(config, tmp_path):
+def test_a_scalar_parameter_is_refused(run, config, monkeypatch):
     """FSDP2 can't shard it, and safetensors' rows can't hold it."""
-    hack = {BLOCK_END: BLOCK_END + "        self.scale = nn.Parameter(torch.tensor(0.5))\n"}
-    done = typed(changed(tmp_path / "clone", hack), "train", config.path)
-    refused(done, "model.py: decoder.0.scale is a scalar; give it the shape (1,)")
+
+    class Scaled(Block):
+        def __init__(self, config):
+            super().__init__(config)
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+    monkeypatch.setattr("model.Block", Scaled)
+    seen = run("train", config.path)
+    refused(seen, "model.py: decoder.0.scale is a scalar; give it the shape (1,)")

@@ -1,5 +1,5 @@
-"""The parts of Llama, Mistral, Qwen2 and Qwen3 in model.py, against transformers' models and
-through every engine."""
+"""Llama, Mistral, Qwen2 and Qwen3 in model.py, against transformers' models. Their parts train in
+every engine: test_engines.py."""
 
 import json
 import math
@@ -7,35 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import VOCABULARY, figures, records
-from helpers import train_data
-from test_export import our_logits
-from test_sharded import command
-from test_streaming import equal_runs, state_of, streaming_config
-from test_train import close, engine_config, refused, train
+from conftest import VOCABULARY, refused
+from helpers import LLAMA, batches_of, close, engine_config, flags_of, our_logits, quiet, reference
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configuration import Configuration
 from engines import open_engine
-from engines.optimizer import learning_rate
-from model import GPT, GPTConfig
-from planner.measure import sizes
+from model import GPT
 from weights.checkpoint import Checkpoint
 from weights.families import family_of
 from weights.huggingface import hugging_face_tensors, read_hugging_face
 
-LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
-LLAMA |= {"kv_heads": 2, "heads": 4, "mlp_width": 88, "tied_head": False}
-SCALING = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-QWEN = LLAMA | {"bias": "qkv", "qk_norm": True, "head_width": 24}
+SCALING = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+SCALING |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 THETA = {"rope_type": "default", "rope_theta": 1000000.0}
 SHAPES = {
     "grouped heads, tied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -129,105 +113,16 @@ def test_steps_equal_a_loop_over_transformers(dataset, tmp_path, shape):
     """Ten clipped steps."""
     kind, keys = SHAPES[shape]
     theirs = their_model(tmp_path / "theirs", 32, kind, **keys | {"vocab_size": VOCABULARY})
-    keys = {"batch_size": 4, "micro_batch_size": 4, "sequence_length": 32, "precision": "fp32"}
-    keys |= {"backend": "CPU", "engine": "resident", "learning_rate": 1e-3, "warmup_steps": 3}
-    config, read = read_hugging_face(
-        Configuration(**keys, init_from=str(tmp_path / "theirs"), max_gradient_norm=0.1)
-    )
+    rates = {"learning_rate": 1e-3, "num_steps": 10, "init_from": str(tmp_path / "theirs")}
+    config, read = read_hugging_face(engine_config(**rates))
     engine = open_engine(config)
     engine.load(read, None)
-    batches = train_data(dataset, VOCABULARY, 32, 4, config.seed)
-    matrices = [p for p in theirs.parameters() if p.dim() == 2]
-    others = [p for p in theirs.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    for step, got in enumerate(engine.run(batches, 0, 10, lambda fraction: None)):
-        batch = batches.get(step)
-        ids, targets = (torch.from_numpy(part).long() for part in (batch.ids, batch.targets))
-        loss = F.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step + 1)
-        optimizer.step()
+    batches = batches_of(config, dataset)
+    expected = reference(config, theirs, lambda ids: theirs(ids).logits, batches)
+    for got, (loss, norm) in zip(engine.run(batches, 0, 10, quiet), expected, strict=True):
         assert norm > 0.1
-        assert close(got.loss, loss.item(), 1e-5), step
-        assert close(got.grad_norm, norm.item(), 1e-5), step
-
-
-PARTS = {
-    "rmsnorm": {"norm": "rmsnorm"},
-    "rotary": {"positions": "rotary", "rope_scaling": 8.0},
-    "swiglu": {"activation": "swiglu", "mlp_width": 40},
-    "grouped heads": {"heads": 4, "kv_heads": 1},
-    "untied": {"tied_head": False},
-    "wide heads": {"head_width": 24, "heads": 3},
-    "norms of heads": {"qk_norm": True},
-    "biases of qkv": {"bias": "qkv"},
-    "biases of attention": {"bias": "attention"},
-    "biases of the mlp": {"bias": "mlp"},
-    "all": LLAMA,
-    "all of qwen": QWEN,
-}
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_streaming_equals_resident(dataset, tmp_path, part):
-    """Each part alone works too; from RAM and disk, recomputed and kept, in two passes."""
-    same = PARTS[part] | {"micro_batch_size": 2, "dropout": 0.1}
-    expected, oracle = train(engine_config(**same), dataset, 6)
-    assert expected[-1].loss < expected[0].loss
-    ours = GPT(engine_config(**same))
-    assert sizes(engine_config(**same)).total == sum(p.numel() for p in ours.parameters())
-    for keys in (
-        {"stream_to": "ram", "activation_checkpointing": False},
-        {"stream_to": "disk", "stream_batch_size": 2},
-    ):
-        got, engine = train(streaming_config(tmp_path, **same | keys), dataset, 6)
-        equal_runs(expected, got)
-        engine.close()
-    assert state_of(oracle).keys() == {
-        f"{kind}{name}" for kind in ("", "exp_avg.", "exp_avg_sq.") for name in oracle.weights
-    }
-
-
-def flags_of(keys: dict) -> list:
-    return [part for key, value in keys.items() for part in (f"--{key}", str(value).lower())]
-
-
-ALONE = [pytest.param(PARTS[part], 2, marks=pytest.mark.long) for part in [*PARTS][5:10]]
-
-
-@pytest.mark.parametrize(
-    ("keys", "systems"),
-    [(LLAMA, 2), *(pytest.param(QWEN, n, marks=pytest.mark.long) for n in (2, 3)), *ALONE],
-)
-def test_systems_equal_one(run, config, tmp_path, keys, systems):
-    flags = [*flags_of(keys), "--precision", "fp32"]
-    assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0
-    command("train", config.path, *flags, "--num_systems", systems)
-    for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
-        assert close(b["loss"], a["loss"], 1e-5)
-        assert close(b["grad_norm"], a["grad_norm"], 1e-5)
-
-
-def test_a_run_crosses_engines(run, config, tmp_path):
-    """And a resumed one equals one that was never stopped, bit for bit."""
-    flags = [*flags_of(LLAMA), "--precision", "fp32", "--checkpoint_path", "latest"]
-    run("train", config.path, *flags, "--out_dir", tmp_path / "whole")
-    for steps in (3, 6):  # an evaluation comes at the end of each part
-        more = ["--num_steps", steps, "--decay_steps", 4]
-        assert run("train", config.path, *flags, *more).status == 0
-    parts = [figures(out) for out in (config.out, tmp_path / "whole")]
-    stopped, whole = ([record for record in part if "loss" in record] for part in parts)
-    assert stopped == whole
-    crossed = tmp_path / "crossed"
-    for engine, steps in (("streaming", 3), ("resident", 6)):
-        more = ["--engine", engine, "--num_steps", steps, "--decay_steps", 4, "--out_dir", crossed]
-        assert run("train", config.path, *flags, *more).status == 0
-    for a, b in zip(records(tmp_path / "whole"), records(crossed), strict=True):
-        assert close(b["loss"], a["loss"], 1e-5)
+        assert close(got.loss, loss, 1e-5), got.step
+        assert close(got.grad_norm, norm, 1e-5), got.step
 
 
 def test_sampling(run, config):
@@ -241,9 +136,8 @@ def test_sampling(run, config):
     flags = ["--checkpoint_path", mixed[-1], "--prompt", "ab"]
     seen = run("sample", *flags, "--max_new_tokens", 9)
     assert "transformers' GPT-2 has no norm rmsnorm; generating with model.py" in seen.err
-    refused(
-        run("export", "--checkpoint_path", mixed[-1], "--out", config.out / "e"), "can't be exp"
-    )
+    seen = run("export", "--checkpoint_path", mixed[-1], "--out", config.out / "e")
+    refused(seen, "can't be exp")
 
 
 def test_export_in_bf16(run, config, tmp_path):
@@ -262,10 +156,7 @@ BAD = {
         {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
         "its rope_parameters is {'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 10000.0}, ",
     ),
-    "model_type": (
-        "gemma",
-        "its model_type is 'gemma'; known are gpt2, llama, mistral, qwen2, qwen3",
-    ),
+    "model_type": ("gemma", "is 'gemma'; known are gpt2, llama, mistral, qwen2, qwen3"),
     "num_hidden_layers": (4, "it lacks model.layers.3."),
     "intermediate_size": (80, "model.layers.0.mlp.gate_proj.weight has shape [88, 64], its conf"),
 }
@@ -287,17 +178,6 @@ def test_a_missing_shard(run, config, tmp_path):
     shard.unlink()
     seen = run("train", config.path, "--init_from", tmp_path / "theirs")
     refused(seen, f"it has no {shard.name!r}")
-
-
-def test_shapes_that_cannot_be():
-    for keys, message in (
-        ({"heads": 4, "kv_heads": 3}, "kv_heads: 3 does not divide heads 4"),
-        ({"width": 12, "heads": 4, "positions": "rotary"}, "rotary positions need an even width 3"),
-        ({"rope_theta": 0.5}, "rope_theta: 0.5 is not in"),
-        ({"mlp_width": 0}, "mlp_width: 0 is not from 1 to"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            GPTConfig(**keys)
 
 
 def test_sampling_a_released_model(run, config, tmp_path):

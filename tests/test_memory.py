@@ -13,7 +13,10 @@ from conftest import ROOT
 from common.tokens import write_meta
 
 STATUS = Path("/proc/self/status")
-pytestmark = pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux's peak of a process")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux's peak of a process"),
+]
 
 # VmHWM is of the process alone; what getrusage tells begins with the parent's
 TRAIN = """
@@ -72,42 +75,30 @@ def depth_takes(folder: Path, shallow: int, deep: int, width: int) -> float:
     return (peaks[1] - peaks[0]) / (deep - shallow)
 
 
-@pytest.mark.long
 def test_memory_does_not_grow_with_depth(tmp_path):
     """A block of this width left 1.1 MB behind once, beside its inputs of 0.26 MB. With few blocks
     the holes of the heap still grow to their limit."""
     assert depth_takes(tmp_path, 104, 220, 256) < 0.9
 
 
-@pytest.mark.long
 def test_memory_of_wide_blocks_does_not_grow_with_depth(tmp_path):
     """A block of this width left 18 MB behind once, beside its inputs of 1 MB; 64 MB of holes."""
     assert depth_takes(tmp_path, 4, 20, 1024) < 1 + 64 / 16
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        pytest.param(
-            {"limit": 1300, **GPT2, "width": 256, "depth": 6, "sequence_length": 256},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            DISK | {"limit": 1200, **GPT2, "width": 256, "depth": 6, "sequence_length": 256},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            LLAMA
-            | {"limit": 800, "vocab_size": 300, "width": 64, "depth": 16, "sequence_length": 512}
-            | {"precision": "bf16", "dropout": 0.1},
-            marks=pytest.mark.long,
-        ),
-    ],
-    ids=["resident", "streaming", "llama"],
-)
-def test_a_limit_is_a_limit(tmp_path, keys):
+WIDE = GPT2 | {"width": 256, "depth": 6, "sequence_length": 256}
+DEEP = LLAMA | {"vocab_size": 300, "width": 64, "depth": 16, "sequence_length": 512}
+LIMITS = {  # in MB
+    "resident": (1300, WIDE),
+    "streaming": (1200, DISK | WIDE),
+    "llama": (800, DEEP | {"precision": "bf16", "dropout": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_is_a_limit(tmp_path, name):
     """With as many sequences at a time as fit."""
-    limit = keys.pop("limit")
+    limit, keys = LIMITS[name]
     keys = {"precision": "fp32"} | keys | {"memory_limit": f"{limit}MB", "heads": 4}
     keys |= {"batch_size": 32, "num_steps": 2, "eval_steps": 2, "eval_batches": 1}
     planned, peak, output = train(tmp_path, **keys)
@@ -136,7 +127,6 @@ def shape(number: int) -> dict:
             return keys | {"micro_batch_size": micro_batch_size, "batch_size": batch_size}
 
 
-@pytest.mark.long
 def test_forecasts_hold_for_any_shape(tmp_path, shape_number):
     keys = shape(shape_number) | {"num_steps": 2, "eval_steps": 2, "eval_batches": 1}
     planned, peak, _ = train(tmp_path, **keys)

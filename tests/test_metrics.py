@@ -72,7 +72,7 @@ def test_a_damaged_file_has_no_evaluation(run, config):
 
 
 @pytest.mark.parametrize("name", [r"o$\frac$", "$", "a_b^{", "50% $x$"])
-def test_the_title_of_the_picture_is_plain_text(tmp_path, clock, capsys, name):
+def test_the_title_of_the_picture_is_plain_text(tmp_path, clock, capsys, pictures, name):
     (tmp_path / name).mkdir()
     told = ten_steps(tmp_path / name)
     step(told, clock, 1)

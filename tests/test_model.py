@@ -16,11 +16,8 @@ from planner.costs import count
 
 
 def small(**changes) -> GPT:
-    config = GPTConfig(
-        **{"width": 32, "depth": 2, "heads": 2, "vocab_size": 27, "max_position_embeddings": 64}
-        | changes
-    )
-    return build(config)
+    shape = {"width": 32, "depth": 2, "heads": 2, "vocab_size": 27, "max_position_embeddings": 64}
+    return build(GPTConfig(**shape | changes))
 
 
 def tokens(rows: int, length: int, vocab_size: int = 27) -> torch.Tensor:
@@ -41,6 +38,10 @@ def test_parameter_count(bias):
         ({"width": 30, "heads": 4}, "heads: 4 does not divide width 30"),
         ({"depth": 0}, "depth: 0 is not from 1 to 10,000"),
         ({"dropout": 1.0}, "dropout: 1.0 is not in"),
+        ({"heads": 4, "kv_heads": 3}, "kv_heads: 3 does not divide heads 4"),
+        ({"width": 12, "heads": 4, "positions": "rotary"}, "rotary positions need an even width 3"),
+        ({"rope_theta": 0.5}, "rope_theta: 0.5 is not in"),
+        ({"mlp_width": 0}, "mlp_width: 0 is not from 1 to"),
     ],
 )
 def test_impossible_shapes(shape, message):
@@ -146,19 +147,14 @@ def test_attention_in_blocks(shape, monkeypatch):
 
     def results(attend, dtype):
         leaf = qkv.to(dtype, copy=True).requires_grad_()
-        y = attend(
-            *(part.transpose(1, 2) for part in leaf.unbind(2)), is_causal=True, dropout_p=0.0
-        )
+        q, k, v = (part.transpose(1, 2) for part in leaf.unbind(2))
+        y = attend(q, k, v, is_causal=True, dropout_p=0.0)
         y.backward(y_grad.to(dtype))
         return y.detach().double(), leaf.grad.double()
 
     exact = results(F.scaled_dot_product_attention, torch.float64)
-    for theirs, found, right in zip(
-        results(F.scaled_dot_product_attention, dtype),
-        results(ops.attention, dtype),
-        exact,
-        strict=True,
-    ):
+    usual = results(F.scaled_dot_product_attention, dtype)
+    for theirs, found, right in zip(usual, results(ops.attention, dtype), exact, strict=True):
         rounding = torch.finfo(dtype).eps * right.norm()
         assert (found - right).norm() <= max(1.5 * (theirs - right).norm(), rounding)
 

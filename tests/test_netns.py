@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, records
-from test_sharded import equal_records
-from test_train import close
+from helpers import close, equal_records
 
 pytestmark = pytest.mark.netns
 PORT = 29411  # of a namespace, so of nobody else

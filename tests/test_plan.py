@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, records
-from test_train import refused
+from conftest import ROOT, records, refused
 
 import model
 from configuration import Configuration

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import VOCABULARY, refused
 from safetensors.torch import load_file, save_file
-from test_train import refused
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,

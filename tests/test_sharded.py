@@ -1,4 +1,5 @@
-"""Several systems, as processes on this machine, against the resident engine on one."""
+"""What several systems alone have, as processes on this machine: shards of a checkpoint, lost
+systems, launchers. What they share with the other engines is in test_engines.py."""
 
 import json
 import os
@@ -15,14 +16,25 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, cloned, records
-from test_streaming import MODEL
-from test_train import close, refused
+from conftest import ROOT, cloned, figures, records, refused
+from helpers import (
+    ENVIRONMENT,
+    begin,
+    begin_systems,
+    changed,
+    close,
+    command,
+    end,
+    equal_records,
+    fork,
+    free_port,
+)
 
 from common.console import UserError
 from weights.checkpoint import Checkpoint
 
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+HEAD = "        self.seed_dropout(dropout_seed, 0)\n"
+FAILS = "        if __import__('os').environ.get('RANK') == '1':\n            1 / 0\n"
 
 
 @pytest.fixture
@@ -33,110 +45,15 @@ def config(config):
     return config
 
 
-def begin(name: str, *arguments: object, root: Path = ROOT, **environment: object):
-    """The command, in the background."""
-    return subprocess.Popen(
-        [sys.executable, f"{name}.py", *map(str, arguments)],
-        cwd=root,
-        env=ENVIRONMENT | {key: str(value) for key, value in environment.items()},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def end(process: subprocess.Popen) -> SimpleNamespace:
-    out, err = process.communicate(timeout=120)
-    return SimpleNamespace(status=process.returncode, out=out, err=err)
-
-
-def command(*arguments: object, **more) -> SimpleNamespace:
-    """The command, and what it left; it must have worked."""
-    seen = end(begin(*arguments, **more))
-    assert seen.status == 0, seen.err
-    return seen
-
-
-def equal_records(expected: Path, got: Path, of: float = 1e-5) -> None:
-    for key in ("loss", "grad_norm", "val_loss"):
-        a, b = records(expected, key), records(got, key)
-        assert [r["step"] for r in a] == [r["step"] for r in b] and a
-        for x, y in zip(a, b, strict=True):
-            assert close(y[key], x[key], of), (key, x["step"])
-
-
-CUTS = {
-    "2, shared again, recomputed": (
-        *(
-            2,
-            [
-                "--reshard_after_forward",
-                "true",
-                "--activation_checkpointing",
-                "true",
-                "--micro_batch_size",
-                1,
-            ],
-        ),
-    ),
-    "3, uneven": (3, ["--micro_batch_size", 2, "--reshard_after_forward", "false"]),
-    "4, two copies, no biases": (
-        *(
-            4,
-            [
-                "--shard_group_size",
-                2,
-                "--reshard_after_forward",
-                "true",
-                "--micro_batch_size",
-                1,
-                "--bias",
-                "false",
-            ],
-        ),
-    ),
-    "4, two copies, whole for a step": (
-        *(
-            4,
-            ["--shard_group_size", 2, "--reshard_after_forward", "false", "--micro_batch_size", 1],
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    "cut",
-    [
-        pytest.param(cut, marks=pytest.mark.long if cut[0] != "2" or "again" in cut else ())
-        for cut in CUTS
-    ],
-)
-def test_equals_resident(run, config, tmp_path, cut):
-    """20 steps, clipping active in each, and an evaluation: every number to 1e-5."""
-    systems, flags = CUTS[cut]
-    flags = [*flags, "--num_steps", 20, "--eval_steps", 10, "--checkpoint_steps", 20]
-    same = ["--bias", "false"] if "--bias" in flags else []
-    one = [*same, "--num_steps", 20, "--eval_steps", 10, "--checkpoint_steps", 20]
-    assert run("train", config.path, *one, "--out_dir", tmp_path / "one").status == 0
-    seen = command("train", config.path, *flags, "--num_systems", systems)
-    assert f"{systems} processes, " in seen.out and not seen.err
-    assert seen.out.count("step 20/20 | loss") == 1  # one voice
-    equal_records(tmp_path / "one", config.out)
-    assert all(r["grad_norm"] > 0.1 for r in records(config.out, "grad_norm"))
+def on_two(forks, config, *flags: object) -> SimpleNamespace:
+    """What the first of two systems said, in forks."""
+    words = [config.path, "--num_systems", 2, *flags]
+    first, _ = [forks.end(process) for process in begin_systems(forks, [words] * 2)]
+    return first
 
 
 @pytest.mark.long
-def test_bf16_follows_resident(run, config, tmp_path):
-    flags = ["--precision", "bf16", "--micro_batch_size", 2, "--num_steps", 10]
-    assert run("train", config.path, *flags, "--out_dir", tmp_path / "one").status == 0
-    command("train", config.path, *flags, "--num_systems", 2, "--reshard_after_forward", "false")
-    for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
-        assert close(b["loss"], a["loss"], 5e-3)
-        assert close(b["grad_norm"], a["grad_norm"], 5e-2)
-
-
-@pytest.mark.long
-def test_a_checkpoint_crosses(run, config, tmp_path):
+def test_a_checkpoint_goes_to_any_number_of_systems(run, config, tmp_path):
     """resident, 2, 1, 4, 3, streaming, resident: the numbers are those of one resident run."""
     flags = [config.path, "--vocab_size", 50257, "--eval_batches", 1, "--decay_steps", 30]
     assert run("train", *flags, "--num_steps", 14, "--out_dir", tmp_path / "one").status == 0
@@ -148,105 +65,55 @@ def test_a_checkpoint_crosses(run, config, tmp_path):
     ):
         done += 2
         keys = ["--engine", engine, "--num_systems", systems, "--num_steps", done]
-        seen = command("train", *flags, *keys) if systems > 1 else run("train", *flags, *keys)
+        seen = (
+            command("train", *flags, *keys) if engine == "sharded" else run("train", *flags, *keys)
+        )
         assert f"at step {done - 2}" in seen.out or done == 2, seen.err
-    for a, b in zip(records(tmp_path / "one"), records(config.out), strict=True):
-        assert close(b["loss"], a["loss"], 1e-5)
-        assert close(b["grad_norm"], a["grad_norm"], 1e-5)
+    equal_records(tmp_path / "one", config.out, evaluations=False)
     four = Checkpoint(config.out / "checkpoint_8.mdl")
     assert four.tensors["embedding.tokens.weight"]["shape"] == [50257, 32]
     parts = [rows for _, rows in four.tensors["embedding.tokens.weight"]["parts"]]
     assert parts == [12565, 12565, 12565, 12562]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, dataset) -> SimpleNamespace:
-    """A run on two systems: its configuration, its folder and its last checkpoint."""
-    folder = tmp_path_factory.mktemp("two")
-    values = {"width": 32, "depth": 2, "heads": 2, "vocab_size": 27, "batch_size": 3}
-    values |= {"max_position_embeddings": 32, "sequence_length": 32, "num_steps": 6}
-    values |= {"dataset": str(dataset), "out_dir": str(folder / "out"), "dropout": 0.1}
-    values |= {"backend": "CPU", "checkpoint_steps": 3, "eval_steps": 6, "decay_steps": 9}
-    path = folder / "two.yaml"
-    path.write_text(yaml.safe_dump(values))
-    command("train", path, "--num_systems", 2)
-    out = folder / "out"
-    return SimpleNamespace(path=path, out=out, last=out / "checkpoint_6.mdl")
-
-
-def test_resume_is_exact(two, tmp_path):
-    """Bit for bit, with dropout, if as many go on."""
-    flags = [two.path, "--num_systems", 2, "--out_dir", tmp_path / "halves"]
-    command("train", *flags, "--num_steps", 3)
-    seen = command("train", *flags, "--checkpoint_path", "latest")
-    assert "at step 3" in seen.out
-    for key in ("loss", "grad_norm"):
-        a, b = (records(out, key) for out in (two.out, tmp_path / "halves"))
-        assert [r[key] for r in a] == [r[key] for r in b]
-
-
-def test_every_file_of_a_checkpoint_is_needed(two, tmp_path):
-    copy = tmp_path / two.last.name
-    shutil.copytree(two.last, copy)
-    names = sorted(path.name for path in copy.iterdir())
+def test_every_file_of_a_checkpoint_is_needed(config, forks):
+    """One that was changed is found by the system that verifies it."""
+    assert on_two(forks, config, "--num_steps", 3).status == 0
+    last = config.out / "checkpoint_3.mdl"
+    names = sorted(path.name for path in last.iterdir())
     assert {"decoder.1.1-of-2.safetensors", "exp_avg.head.2-of-2.safetensors"} <= set(names)
     assert len(names) == 2 * 3 * 4 + 2  # systems, kinds, units; tokenizer and manifest
     for name in names:
-        (copy / name).rename(tmp_path / name)
+        (last / name).rename(config.out / name)
         with pytest.raises(UserError, match=re.escape(name)):
-            Checkpoint(copy)
-        (tmp_path / name).rename(copy / name)
-    Checkpoint(copy).verify(0, 1)
-
-
-@pytest.mark.long
-def test_a_changed_file_is_found_by_the_system_that_verifies_it(two, tmp_path):
-    copy = tmp_path / two.last.name
-    shutil.copytree(two.last, copy)
-    file = copy / "exp_avg_sq.head.2-of-2.safetensors"
+            Checkpoint(last)
+        (config.out / name).rename(last / name)
+    Checkpoint(last).verify(0, 1)
+    file = last / "exp_avg_sq.head.2-of-2.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    flags = ["--num_systems", 2, "--num_steps", 9, "--checkpoint_path", copy]
-    seen = end(begin("train", two.path, *flags, "--out_dir", tmp_path / "out"))
-    refused(seen, f"{file.name} was changed (its checksum differs)")
+    words = [config.path, "--num_systems", 2, "--checkpoint_path", last]
+    seen = [forks.end(process) for process in begin_systems(forks, [words] * 2)]
+    (told,) = [one for one in seen if "(its checksum differs)" in one.err]
+    refused(told, f"{file.name} was changed (its checksum differs)")
 
 
 @pytest.mark.long
-def test_eval_counts_every_token(two, run):
-    """val.bin has 300 predictions, in windows that three systems do not divide."""
-    flags = [two.path, "--checkpoint_path", two.last, "--json", "--batch_size", 4]
-    one = json.loads(run("eval", *flags).out)
-    told = json.loads(command("eval", *flags, "--num_systems", 3).out)
+def test_eval_counts_every_token(config, run):
+    """In windows that three systems do not divide."""
+    assert run("train", config.path, "--num_steps", 3).status == 0
+    flags = ["eval", config.path, "--checkpoint_path", "latest", "--json"]
+    one = json.loads(run(*flags).out)
+    told = json.loads(command(*flags, "--num_systems", 3).out)
     assert told["tokens"] == one["tokens"]
     assert close(told["loss"], one["loss"], 1e-6)
 
 
-def test_other_commands_take_its_checkpoints(two, run, tmp_path):
-    assert run("sample", "--checkpoint_path", two.last, "--prompt", "ab").out.startswith("ab")
-    seen = run("export", "--checkpoint_path", two.last, "--out", tmp_path / "exported")
-    assert seen.status == 0, seen.err
-
-
 @pytest.mark.long
-def test_a_changed_model_trains_sharded(config, tmp_path):
-    """model.py alone changes, as in the test of streaming."""
-    clone = cloned(tmp_path / "clone")
-    source = (clone / "model.py").read_text()
-    for before, after in MODEL:
-        assert before in source
-        source = source.replace(before, after)
-    (clone / "model.py").write_text(source)
-    for systems in (1, 2):
-        flags = ["--bias", "false", "--out_dir", tmp_path / str(systems), "--num_systems", systems]
-        command("train", config.path, *flags, root=clone)
-    equal_records(tmp_path / "1", tmp_path / "2")
-
-    fails = "        if __import__('os').environ.get('RANK') == '1':\n            1 / 0\n"
-    head = "        self.seed_dropout(dropout_seed, 0)\n"
-    (clone / "model.py").write_text(source.replace(head, fails + head))
-    flags = ["--bias", "false", "--num_systems", 2]
-    seen = end(begin("train", config.path, *flags, root=clone))
+def test_a_bug_of_one_system_is_reported_once(config, tmp_path):
+    clone = changed(tmp_path / "clone", {HEAD: FAILS + HEAD})
+    seen = end(begin("train", config.path, "--num_systems", 2, root=clone))
     assert seen.status == 1
     assert seen.err.count("ZeroDivisionError") == 1
     assert seen.err.count("error: ") == seen.err.count("error: rank 1 failed") == 1
@@ -275,9 +142,11 @@ def await_steps(process: subprocess.Popen, count: int, seen: list[str]) -> None:
         pytest.param(10000, "", marks=pytest.mark.long),
     ],
 )
-def test_a_lost_system_ends_the_run(config, checkpoint_steps, hint):
-    flags = ["--num_systems", 2, "--num_steps", 10000, "--checkpoint_steps", checkpoint_steps]
-    process, seen = begin("train", config.path, *flags), []
+def test_a_lost_system_ends_the_run(run, config, tmp_path, checkpoint_steps, hint):
+    """Until then the systems, which the command starts, train as one and speak with one voice."""
+    flags = ["--checkpoint_steps", checkpoint_steps, "--decay_steps", 10000, "--num_steps"]
+    assert run("train", config.path, *flags, 5, "--out_dir", tmp_path / "one").status == 0
+    process, seen = begin("train", config.path, *flags, 10000, "--num_systems", 2), []
     await_steps(process, 5, seen)
     began = time.monotonic()
     os.kill(workers(process)[1], signal.SIGKILL)
@@ -285,6 +154,11 @@ def test_a_lost_system_ends_the_run(config, checkpoint_steps, hint):
     refused(ended, "rank 1 was killed by SIGKILL")
     assert ended.err.endswith(f"the system may have run out of memory{hint}\n")
     assert time.monotonic() - began < 60
+    told = "".join(seen)
+    assert "2 processes, " in told and told.count("step 3/10000 | loss") == 1
+    for a, b in zip(records(tmp_path / "one"), records(config.out)[:5], strict=True):
+        assert close(b["loss"], a["loss"], 1e-5)
+        assert close(b["grad_norm"], a["grad_norm"], 1e-5)
 
 
 @pytest.mark.parametrize("words", ["checkpoint_6", "val_loss"])
@@ -345,14 +219,12 @@ def test_lost_systems_restart_the_run(run, config, tmp_path, request):
     out = "".join(seen) + rest.out
     assert out.count("restarting: ") == kills
     assert rest.err.count("was killed by SIGKILL") == kills
-    for key in ("loss", "grad_norm", "val_loss"):
-        a, b = (records(folder, key) for folder in (tmp_path / "undisturbed", config.out))
-        assert [r[key] for r in a] == [r[key] for r in b]
+    assert figures(config.out) == figures(tmp_path / "undisturbed")
 
 
 def test_sigterm_saves_the_step_on_every_system(config):
     """The parent passes it on and waits as long as the step and the save take."""
-    flags = ["--width", 256, "--depth", 8, "--batch_size", 96, "--num_steps", 100]
+    flags = ["--width", 256, "--depth", 4, "--batch_size", 64, "--num_steps", 100]
     process, seen = begin("train", config.path, *flags, "--num_systems", 2), []
     await_steps(process, 1, seen)
     time.sleep(0.3)
@@ -366,41 +238,16 @@ def test_sigterm_saves_the_step_on_every_system(config):
 # What a launcher that is there does: a process for each system, with the same environment
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launched(config, each: list[list], **environment: object) -> list[SimpleNamespace]:
-    """The command on as many systems as there are lists of further arguments."""
-    shared = {"WORLD_SIZE": len(each), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        begin("train", config.path, *more, RANK=rank, LOCAL_RANK=rank, **shared | environment)
-        for rank, more in enumerate(each)
-    ]
-    return [end(process) for process in processes]
-
-
-@pytest.mark.long
-def test_a_launcher_is_joined(run, config, tmp_path):
-    assert run("train", config.path, "--out_dir", tmp_path / "one").status == 0
-    first, second = launched(config, [["--num_systems", 2]] * 2)
-    assert (first.status, second.status, second.out) == (0, 0, "")
-    equal_records(tmp_path / "one", config.out)
-
-
-DIFFERENT = {
-    "configuration": (["--width", 64], "rank 1: width is 64 on"),
-    "out_dir": (["--out_dir", "elsewhere"], "rank 1: out_dir is elsewhere on"),
-}
-
-
-@pytest.mark.parametrize("what", DIFFERENT)
-def test_systems_that_disagree(config, what):
-    more, message = DIFFERENT[what]
-    first, second = launched(config, [["--num_systems", 2], ["--num_systems", 2, *more]])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--width", 64], "rank 1: width is 64 on"),
+        (["--out_dir", "elsewhere"], "rank 1: out_dir is elsewhere on"),
+    ],
+)
+def test_systems_that_disagree(config, forks, more, message):
+    words = [config.path, "--num_systems", 2]
+    first, second = [forks.end(p) for p in begin_systems(forks, [words, [*words, *more]])]
     refused(second, message)
     refused(first, "the connection to another process was lost")
 
@@ -414,13 +261,11 @@ def test_a_dataset_that_one_system_lacks(config, tmp_path):
     def both(*more: object) -> list[SimpleNamespace]:
         shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         flags = ["--num_systems", 2, "--dataset", "data/words", *more]
-        return [
-            end(process)
-            for process in [
-                begin("train", config.path, *flags, root=folder, RANK=rank, **shared)
-                for rank, folder in enumerate(folders)
-            ]
+        started = [
+            begin("train", config.path, *flags, root=folder, RANK=rank, **shared)
+            for rank, folder in enumerate(folders)
         ]
+        return [end(process) for process in started]
 
     first, second = both()
     refused(second, "data/words/meta.json is missing: prepare the dataset")
@@ -431,14 +276,13 @@ def test_a_dataset_that_one_system_lacks(config, tmp_path):
         refused(seen, "out_dir: model_dir of rank 1 is not the folder that rank 0")
 
 
-def test_a_port_in_use(config):
+def test_a_port_in_use(config, forks):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        flags = ["--num_systems", 2]
-        shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        seen = end(begin("train", config.path, *flags, RANK=0, **shared))
+        port = str(taken.getsockname()[1])
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0"}
+        seen = fork(forks, config.path, "--num_systems", 2, **place)
     refused(seen, f"no connection to the other processes at 127.0.0.1:{port}")
     assert "in use" in seen.err
 
@@ -449,19 +293,16 @@ def test_a_port_in_use(config):
         (["--num_systems", 9], {}, "batch_size: 8 is smaller than num_systems 9"),
         (["--num_systems", 2, "--backend", "GPU"], {}, "num_systems: 2, and this machine has"),
         (["--num_systems", 2, "--engine", "resident"], {}, "engine: resident runs on one system"),
-        (
-            ["--num_systems", 4, "--shard_group_size", 3],
-            {},
-            "shard_group_size: 3 does not divide num_systems",
-        ),
+        (["--num_systems", 4, "--shard_group_size", 3], {}, "3 does not divide num_systems"),
         (["--max_restarts", -1], {}, "max_restarts: '-1' should be greater than or equal to 0"),
-        (["--num_systems", 2], {"RANK": 0, "WORLD_SIZE": 3}, "the launcher started 3 processes"),
-        ([], {"RANK": 0, "WORLD_SIZE": 2}, "num_systems: 1, but the launcher started 2"),
-        (["--num_systems", 2], {"RANK": 0, "WORLD_SIZE": 2}, "MASTER_ADDR"),
+        (["--num_systems", 2], {"WORLD_SIZE": "3"}, "the launcher started 3 processes"),
+        ([], {"WORLD_SIZE": "2"}, "num_systems: 1, but the launcher started 2"),
+        (["--num_systems", 2], {"WORLD_SIZE": "2"}, "MASTER_ADDR"),
     ],
 )
-def test_refusals(config, flags, environment, message):
-    refused(end(begin("train", config.path, *flags, **environment)), message)
+def test_refusals(config, forks, flags, environment, message):
+    environment = environment and environment | {"RANK": "0"}
+    refused(fork(forks, config.path, *flags, **environment), message)
     assert not config.out.exists()
 
 
@@ -473,13 +314,10 @@ def test_from_how_many_systems_a_model_fits(run, size, systems):
     """docs/scale-out.md has the arithmetic."""
     for count, fits in ((systems, True), (systems - (8 if systems > 8 else 1), False)):
         more = ["--device", "h100", "--host_memory", "4TB", "--num_systems", count, "--json"]
-        told = json.loads(
-            run("plan", ROOT / f"configs/{size}.yaml", *more, "--offload", "false").out
-        )
+        flags = ["plan", ROOT / f"configs/{size}.yaml", *more, "--offload", "false"]
+        told = json.loads(run(*flags).out)
         assert told["fits"] is fits
         assert told["engine"] == "sharded"
     more = ["--device", "h100", "--host_memory", "4TB", "--num_systems", systems]
-    assert (
-        f"without streaming or offloading: {systems}"
-        in run("plan", ROOT / f"configs/{size}.yaml", *more).out
-    )
+    seen = run("plan", ROOT / f"configs/{size}.yaml", *more)
+    assert f"without streaming or offloading: {systems}" in seen.out

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import eval_data
+from helpers import (
+    GPU_CASES,
+    batches_of,
+    engine_config,
+    equal_runs,
+    eval_data,
+    quiet,
+    streaming_config,
+    train,
+)
 from races import ENGINES, Detector, Watch, watched
-from test_gpu import STREAMED
-from test_streaming import equal_runs, streaming_config
-from test_train import batches_of, engine_config, quiet, train
 
 import loss
 import ops
@@ -20,7 +26,7 @@ WAITS = {"wait_event", "synchronize", "wait_stream", "record_stream"}
 SMALL = {"micro_batch_size": 1, "stream_batch_size": 1, "depth": 1}
 TWO = {"micro_batch_size": 1, "stream_batch_size": 2}
 CASES = [
-    *STREAMED,
+    *GPU_CASES,
     {"stream_to": "ram", **TWO, "depth": 1},
     {"stream_to": "disk", **SMALL},
     {"stream_to": "ram", **TWO, "activation_location": "host"},
