@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from warnings import catch_warnings
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,16 @@ def has_units(*names: str) -> bool:
     """Return whether this CPU has one of these, such as amx_bf16. Torch 2.4 says no."""
     units = getattr(torch.cpu, "get_capabilities", dict)()
     return any(units.get(name, False) for name in names)
+
+
+@cache
+def find_gpu() -> tuple[bool, str]:
+    """Returns whether CUDA works here, and what it complains of, such as an old driver."""
+    with catch_warnings(record=True) as caught:
+        there = torch.cuda.is_available()
+    if there or not caught:
+        return there, ""
+    return there, " ".join(str(caught[0].message).split())
 
 
 def _is_bf16_on_cpu(x: Tensor) -> bool:

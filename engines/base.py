@@ -5,13 +5,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from math import ceil
-from warnings import catch_warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +19,6 @@ from engines.state import EngineState, Watch
 from loss import IGNORE
 from model import GPT
 
-TEXT_LENGTHS = 64  # texts that are continued are padded to multiples of it
 Report = Callable[[float], None]  # is called with the fraction of a step that is done
 Limits = tuple[float, float]  # of loss and gradient norm, above which an update is skipped
 
@@ -120,22 +115,9 @@ class Engine(EngineState):
         return_freed_memory()
         return total, tokens
 
-    @torch.no_grad()
-    def next_logits(self, texts: list[Tensor]) -> Tensor:
-        """Returns the logits of the token that follows each text, (texts, vocab_size), fp32 on the
-        CPU; a text is ids (length,), at most max_position_embeddings. Every process must call it.
-        """
-        rows = []
-        for ids in texts:  # a few lengths only, which a GPU's kernels and torch.compile prefer
-            length = ceil(len(ids) / TEXT_LENGTHS) * TEXT_LENGTHS
-            length = min(length, self.config.max_position_embeddings)
-            rows.append(F.pad(ids, (0, length - len(ids)))[None].to(self.device))
-        with self.evaluating():
-            logits = self.last_logits(rows, [len(ids) - 1 for ids in texts])
-            return torch.stack(logits).float().cpu()
-
     def last_logits(self, texts: list[Tensor], places: list[int]) -> list[Tensor]:
-        """Returns the logits (vocab_size,) at one place of each text, ids (1, length)."""
+        """Returns the logits (vocab_size,) at one place of each text, ids (1, length) on the
+        device; every process must call it."""
         return [self.model(ids)[0, place] for ids, place in zip(texts, places, strict=True)]
 
     @contextmanager
@@ -146,16 +128,6 @@ class Engine(EngineState):
             yield
         finally:
             self.model.train()
-
-
-@cache
-def find_gpu() -> tuple[bool, str]:
-    """Returns whether CUDA works here, and what it complains of, such as an old driver."""
-    with catch_warnings(record=True) as caught:
-        there = torch.cuda.is_available()
-    if there or not caught:
-        return there, ""
-    return there, " ".join(str(caught[0].message).split())
 
 
 def micro_batches(

@@ -101,13 +101,13 @@ class CerebrasEngine(Engine):
         if self.backend.is_csx:  # bf16 needs no scale, but its scaler skips steps, traced
             self.scaler = cstorch.amp.GradScaler("dynamic", 1.0, None, 1.0, 1.0)
 
-    def initialize(self, progress: Watch = iter) -> None:
+    def initialize(self, track: Watch = iter) -> None:
         if self.backend.is_e2e_execution:  # else only the graph matters, not the weights
-            super().initialize(progress)
+            super().initialize(track)
 
-    def load(self, read: Read, optimizer_steps: int | None, progress: Watch = iter) -> None:
+    def load(self, read: Read, optimizer_steps: int | None, track: Watch = iter) -> None:
         if self.backend.is_e2e_execution:
-            super().load(read, optimizer_steps, progress)
+            super().load(read, optimizer_steps, track)
 
     def put(self, layer: str, kind: str, tensors: dict[str, Tensor]) -> None:
         named = {kind + name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -155,7 +155,9 @@ class CerebrasEngine(Engine):
         if not self.backend.is_csx:  # there it is done in every traced step
             self.schedule.update_last_value()
 
-    def run(self, data: TrainData, start: int, stop: int, progress: Report) -> Iterator[StepStats]:
+    def run(
+        self, data: TrainData, start: int, stop: int, report_progress: Report
+    ) -> Iterator[StepStats]:
         if not self.backend.is_e2e_execution:  # one step has the whole graph
             stop = start + 1
         every = self.config.eval_steps
@@ -250,15 +252,15 @@ class CerebrasEngine(Engine):
         size = self.config.batch_size
         return cstorch.utils.data.DataLoader(read_batches, get, steps, size, dtype)
 
-    def evaluate(self, data: EvalData, sequences: int, watch: Watch = iter) -> tuple[float, int]:
+    def evaluate(self, data: EvalData, sequences: int, track: Watch = iter) -> tuple[float, int]:
         if not self.backend.is_e2e_execution:
             raise UserError("cluster.validate_only and cluster.compile_only are for train.py")
         steps = range(-(-len(data) // self.config.batch_size))
         get = partial(read_sequences, data, self.config.batch_size)
         tokens = sum(int((get(step).targets != IGNORE).sum()) for step in steps)
-        return self._evaluate(get, steps, watch), tokens
+        return self._evaluate(get, steps, track), tokens
 
-    def _evaluate(self, get: Callable, steps: range, watch: Watch = iter) -> float:
+    def _evaluate(self, get: Callable, steps: range, track: Watch = iter) -> float:
         """The sum of the losses, in one execution of the appliance."""
         total = 0.0
 
@@ -274,12 +276,12 @@ class CerebrasEngine(Engine):
 
         loader = self._loader(get, steps)
         executor = cstorch.utils.data.DataExecutor(loader, num_steps=len(steps))
-        watched = iter(watch(steps))
+        tracked = iter(track(steps))
         self.model.eval()
-        # to the end, whatever is watched: leaving an execution shuts the appliance down
+        # to the end, whatever is tracked: leaving an execution shuts the appliance down
         for ids, targets in answering(executor):
             absorb(losses(ids, targets))
-            next(watched, None)
+            next(tracked, None)
         self.model.train()
         return total
 

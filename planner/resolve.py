@@ -13,9 +13,8 @@ import torch
 
 from common.console import UserError, short, warn
 from configuration import Configuration
-from engines.base import find_gpu
 from engines.store import remove_abandoned
-from ops import has_units
+from ops import find_gpu, has_units
 from planner.costs import TIERS, Phase, Plan
 from planner.machine import Machine, store_folder, this_machine
 from planner.report import refusal

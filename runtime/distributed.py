@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from common.console import UserError, explain, one_line
 from configuration import Configuration
-from engines.base import find_gpu
+from ops import find_gpu
 from runtime.launch import BY_USER, FAILED, LOST, PARENT, launch
 
 # A process that does not answer for so long is lost: SHORT where all are at the same place, LONG

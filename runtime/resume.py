@@ -12,7 +12,8 @@ from common.console import UserError, log, short, track, warn
 from common.tokens import Tokens
 from configuration import MODEL_KEYS, Configuration, Data, Optimizer, make_configuration
 from dataset import EvalData, TrainData, open_val
-from engines.base import Engine, find_gpu
+from engines.base import Engine
+from ops import find_gpu
 from planner.resolve import resolve
 from runtime.distributed import Group
 from runtime.metrics import read_records

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.tokens import Tokens
@@ -12,6 +14,7 @@ from engines.base import Engine
 from weights.huggingface import decode, encode, make_tokenizer
 
 LENGTH = 64  # tokens that are added to a prompt
+LENGTHS = 64  # texts are padded to multiples of it
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,20 @@ def draw(logits: Tensor, how: Sampling, generator: torch.Generator | None = None
     return tokens.gather(1, kept.multinomial(1, generator=generator))
 
 
+@torch.no_grad()
+def next_logits(engine: Engine, texts: list[Tensor]) -> Tensor:
+    """Returns the logits of the token that follows each text, (texts, vocab_size), fp32 on the CPU;
+    a text is ids (length,), at most max_position_embeddings. Every process must call it."""
+    rows = []
+    for ids in texts:  # a few lengths only, which a GPU's kernels and torch.compile prefer
+        length = ceil(len(ids) / LENGTHS) * LENGTHS
+        length = min(length, engine.config.max_position_embeddings)
+        rows.append(F.pad(ids, (0, length - len(ids)))[None].to(engine.device))
+    with engine.evaluating():
+        logits = engine.last_logits(rows, [len(ids) - 1 for ids in texts])
+        return torch.stack(logits).float().cpu()
+
+
 class Samples:
     """The prompts of a run. Raises UserError where the data have no tokenizer, or one that can't
     encode a prompt."""
@@ -53,7 +70,7 @@ class Samples:
         draws = torch.Generator().manual_seed(self.config.seed)
         for _ in track(range(LENGTH if texts else 0), "writing samples", "token"):
             seen = [text[-self.config.max_position_embeddings :] for text in texts]
-            logits = engine.next_logits(seen).nan_to_num()  # weights may not be finite
+            logits = next_logits(engine, seen).nan_to_num()  # weights may not be finite
             drawn = draw(logits, Sampling(), draws)
             texts = [torch.cat(pair) for pair in zip(texts, drawn, strict=True)]
         return [self._decode(text) for text in texts]

@@ -21,6 +21,7 @@ from helpers import (
 
 import loss
 from engines import buffers, store
+from runtime.samples import next_logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +88,8 @@ def test_a_step_that_is_not_finite_changes_nothing(dataset):
 def test_the_logits_of_texts_equal_the_cpu_s(dataset, tmp_path, keys):
     texts = [torch.arange(5), torch.arange(9)]
     sides = ({"backend": "CPU"}, GPU | keys | {"out_dir": str(tmp_path)})
-    cpu, gpu = (train(engine_config(**side), dataset, 1)[1].next_logits(texts) for side in sides)
+    engines = [train(engine_config(**side), dataset, 1)[1] for side in sides]
+    cpu, gpu = (next_logits(engine, texts) for engine in engines)
     torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4)
 
 

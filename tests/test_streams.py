@@ -21,6 +21,7 @@ from races import ENGINES, Detector, Watch, watched
 import loss
 import ops
 from engines import buffers, open_engine, store, streaming
+from runtime.samples import next_logits
 
 WAITS = {"wait_event", "synchronize", "wait_stream", "record_stream"}
 SMALL = {"micro_batch_size": 1, "stream_batch_size": 1, "depth": 1}
@@ -57,7 +58,7 @@ def run(detector: Detector, keys: dict, dataset: Path, out: Path, steps: int = 3
         try:
             stats = list(engine.run(batches, 0, steps - 1, quiet))
             engine.evaluate(eval_data(dataset, config.vocab_size, 32, 4), 4)
-            engine.next_logits([torch.arange(5), torch.arange(9)])
+            next_logits(engine, [torch.arange(5), torch.arange(9)])
             for _ in engine.state():
                 pass
             stats += engine.run(batches, steps - 1, steps, quiet)

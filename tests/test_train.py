@@ -30,10 +30,11 @@ from helpers import (
     weights,
 )
 
+import ops
 from common.files import read_sealed
 from common.tokens import write_meta
 from configuration import Configuration
-from engines import base, open_engine
+from engines import open_engine
 from engines.optimizer import learning_rate, square_sum
 from planner.machine import program_bytes
 from weights.checkpoint import Checkpoint
@@ -563,14 +564,14 @@ def test_a_gpu_whose_driver_is_too_old(run, config, monkeypatch):
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", no_gpu)
-    base.find_gpu.cache_clear()
+    ops.find_gpu.cache_clear()
     seen = run("train", config.path, "--num_steps", 3, "--backend", "auto")
     assert seen.status == 0
     reason = "CUDA initialization: The NVIDIA driver on your system is too old"
     assert f"warning: the GPU is not used: {reason}" in seen.err
     seen = run("train", config.path, "--backend", "GPU", "--checkpoint_path", "latest")
     refused(seen, f"backend: GPU, and {reason}; use --backend CPU")
-    base.find_gpu.cache_clear()
+    ops.find_gpu.cache_clear()
 
 
 def test_a_micro_batch_beyond_memory(run, config):
