@@ -50,17 +50,21 @@ def sample(
     tokenizer, generate = open_source(checkpoint_path, init_from, Path(out_dir))
     how = Sampling(temperature, top_k, top_p)
     torch.manual_seed(seed)
-    for text in read_prompts() if prompt is None else [prompt]:
+
+    def respond(text: str) -> None:
+        ids = encode(tokenizer, text)
+        for _ in range(num_samples):
+            written = generate(ids, max_new_tokens, how, tokenizer.eos_token_id)
+            print(decode(tokenizer, written[0]), flush=True)
+            if num_samples > 1:
+                print("-" * 16)
+
+    if prompt is not None:
+        return respond(prompt)
+    for line in read_prompts():
         try:
-            ids = encode(tokenizer, text)
-            for _ in range(num_samples):
-                written = generate(ids, max_new_tokens, how, tokenizer.eos_token_id)
-                print(decode(tokenizer, written[0]), flush=True)
-                if num_samples > 1:
-                    print("-" * 16)
+            respond(line)
         except UserError as error:
-            if prompt is not None:
-                raise
             warn(str(error))
 
 

@@ -145,8 +145,8 @@ class HostActivations:
             self._free(*self.in_flight.popleft())
         copied = self.prefetched.pop((layer, i), None) or self._fetch((layer, i))
         if self.offloaded:  # the backward pass takes the last layer next
-            last = max(layer for layer, _ in self.offloaded)
-            following = (last, min(i for layer, i in self.offloaded if layer == last))
+            last = max(key[0] for key in self.offloaded)
+            following = min(key for key in self.offloaded if key[0] == last)
             self.prefetched[following] = self._fetch(following)
         self.streams.current_stream().wait_event(copied)
 

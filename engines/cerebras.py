@@ -128,7 +128,7 @@ class CerebrasEngine(Engine):
             self._load_optimizer(tensors)
 
     def _numbers(self) -> dict[str, int]:
-        """The optimizer numbers parameters, in the order of its groups."""
+        """Returns the number of each parameter in the optimizer, which follows its groups."""
         ordered = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
         return {name: ordered.index(id(p)) for name, p in self.model.named_parameters()}
 
@@ -144,8 +144,9 @@ class CerebrasEngine(Engine):
             values = state["state"][number]
             values["beta1_power"] = torch.tensor(powers[0])
             values["beta2_power"] = torch.tensor(powers[1])
-            for kind in KINDS[1:] if moments else ():
-                values[kind.removesuffix(".")] = moments[kind + name]
+            if moments:
+                for kind in KINDS[1:]:
+                    values[kind.removesuffix(".")] = moments[kind + name]
         self.optimizer.load_state_dict(state)
         state = self.schedule.state_dict()
         state["last_epoch"] = count
@@ -227,7 +228,8 @@ class CerebrasEngine(Engine):
         yield from arrived
 
     def _step(self, ids: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Mean loss and gradient norm of a step; one that is not finite changes nothing."""
+        """Runs a step; returns the mean loss and the gradient norm. A step that is not finite
+        changes nothing."""
         loss = self.compiled(ids, targets, seed) / targets.numel()
         if self.backend.is_csx:
             self.scaler.scale(loss).backward()
@@ -261,7 +263,7 @@ class CerebrasEngine(Engine):
         return self._evaluate(get, steps, track), tokens
 
     def _evaluate(self, get: Callable, steps: range, track: Watch = iter) -> float:
-        """The sum of the losses, in one execution of the appliance."""
+        """Returns the sum of the losses, in one execution of the appliance."""
         total = 0.0
 
         @cstorch.step_closure
@@ -290,8 +292,8 @@ class CerebrasEngine(Engine):
             saved = cstorch.load(self.saved)
         self.loaded = dict(saved["model"])
         for name, number in self._numbers().items():
+            moments = saved["optimizer"]["state"][number]
             for kind in KINDS[1:]:
-                moments = saved["optimizer"]["state"][number]
                 self.loaded[kind + name] = moments[kind.removesuffix(".")]
         yield from super().state()
         self.saved.unlink()

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import product
 
 import torch
@@ -93,9 +94,8 @@ class EngineState:
         modules = blank.layers().values()
         largest = max(sum(p.numel() for p in module.parameters()) for module in modules)
         threads = max(1, min(os.cpu_count(), int(INIT_BYTES / largest / 4)))
-        with ThreadPoolExecutor(threads) as pool:
-            drawn = pool.map(draw, self.layers)  # an error cancels what has not begun
-            for _ in track(list(self.layers)):
+        with ThreadPoolExecutor(threads) as pool, closing(pool.map(draw, self.layers)) as drawn:
+            for _ in track(list(self.layers)):  # an error cancels what has not begun
                 next(drawn)
         self.ready()
 

@@ -269,8 +269,8 @@ class DiskStore(Store):
 
 
 def checksum(elements: Tensor) -> int:
-    """Returns the bits of fp32 elements, an even count, summed as 64-bit integers, at the speed of
-    the memory. A flipped bit changes it, and so does a page that was lost; it is 0 for zeros."""
+    """Returns the sum of the bits of fp32 elements, an even count, taken as 64-bit integers, at the
+    speed of the memory. A flipped bit changes it, and so does a lost page; 0 for zeros."""
     return int(elements.view(torch.int64).sum())
 
 

@@ -366,12 +366,13 @@ def sharded_bytes(config: Configuration, machine: Machine, training: bool) -> di
 
 def sum_bytes(config: Configuration) -> float:
     """Return the bytes in which a rank of the sharded engine sums gradients over micro-batches."""
-    one_micro_batch = rank_sequences(config) <= config.micro_batch_size
-    if not (one_micro_batch or config.reshard_after_forward):
+    if rank_sequences(config) <= config.micro_batch_size:
+        return 0
+    if not config.reshard_after_forward:
         return 4 * count(config)
-    if one_micro_batch or config.shard_group_size == config.num_systems:
-        return 0  # they are summed in the shards
-    return 4 * count(config) / config.shard_group_size
+    if config.shard_group_size < config.num_systems:
+        return 4 * count(config) / config.shard_group_size
+    return 0  # they are summed in the shards
 
 
 # Seconds

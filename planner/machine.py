@@ -1,6 +1,5 @@
 """What a machine has and how fast it is: this one, measured in a second or two, or a named GPU."""
 
-import fcntl
 import json
 import mmap
 import os
@@ -94,7 +93,7 @@ class Machine:
     read: float = nan
     write: float = nan
     network: float = nan
-    fabric: float = FABRIC
+    fabric: float = nan
     processes: int = 1
 
     @property
@@ -114,6 +113,7 @@ def this_machine(config: Configuration, processes: int) -> Machine:
     known = known_device(name)
     rates = measured_rates(config, known)
     rates["network"] = known.network if known else rates["link"]
+    rates["fabric"] = FABRIC
     return machine_share(config, name, torch.cuda.mem_get_info()[0], disk, processes, rates)
 
 
@@ -127,7 +127,7 @@ def named_machine(name: str, config: Configuration) -> Machine:
     processes = min(config.num_systems, PER_MACHINE)
     disk = shutil.disk_usage(store_folder(config)).free
     rates = {rate: getattr(device, rate) for rate in ("bandwidth", "link", "network")}
-    rates |= {"matmul": device.matmul(config.precision), **DRIVE}
+    rates |= {"matmul": device.matmul(config.precision), "fabric": FABRIC, **DRIVE}
     return machine_share(config, name, device.memory, disk, processes, rates)
 
 
@@ -299,12 +299,16 @@ def measure_disk(folder: Path) -> dict[str, float]:
             raise OSError(f"{folder} is full")
         os.fsync(descriptor)
 
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        descriptor = file.fileno()
-        with suppress(OSError, AttributeError):  # not every file system or system can
-            fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_DIRECT)
-        writing = best_of(write, 0.2)
-        reading = best_of(lambda: os.preadv(descriptor, [data], 0), 0.2)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        try:
+            descriptor = os.open(file.name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+        except OSError:  # not every file system can
+            descriptor = os.open(file.name, os.O_RDWR)
+        try:
+            writing = best_of(write, 0.2)
+            reading = best_of(lambda: os.preadv(descriptor, [data], 0), 0.2)
+        finally:
+            os.close(descriptor)
     return {"read": SAMPLE / reading, "write": SAMPLE / writing}
 
 

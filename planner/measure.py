@@ -19,7 +19,7 @@ from configuration import MODEL_KEYS, Configuration
 from model import GPT, GPTConfig
 from ops import plain
 
-_model_keys = attrgetter(*MODEL_KEYS)  # returns the arguments of a GPTConfig
+_model_keys = attrgetter(*MODEL_KEYS)  # returns the arguments of a GPTConfig, in its order
 TOKENS = 2048  # that a block is measured with, or one sequence
 
 

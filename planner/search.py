@@ -128,8 +128,14 @@ def most_eval_sequences(plan: Plan, training: bool) -> int:
 def fewest_systems(config: Configuration, machine: Machine, training: bool = True) -> int | None:
     """Return the smallest number of such GPUs, 1 to 8 or whole machines, on which the model fits
     without offloading; None where the batch has too few sequences, or on a CPU."""
-    smallest = replace(config, engine="sharded", micro_batch_size=1, offload=False)
-    smallest = replace(smallest, activation_checkpointing=True, reshard_after_forward=True)
+    smallest = replace(
+        config,
+        engine="sharded",
+        micro_batch_size=1,
+        activation_checkpointing=True,
+        reshard_after_forward=True,
+        offload=False,
+    )
 
     def fits(systems: int) -> bool:
         there = replace(smallest, num_systems=systems, shard_group_size=systems)

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from functools import partial
@@ -80,26 +81,27 @@ def _run_processes(size: int, arguments: list[str], attempt: int) -> list:
         shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     shared = {key: str(value) for key, value in shared.items()}
     ranks = range(size)
-    processes = elastic.start_processes(
-        "train",
-        sys.executable,
-        args=dict.fromkeys(ranks, tuple(arguments)),
-        envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
-        logs_specs=elastic.DefaultLogsSpecs(log_dir=os.devnull),
-    )
-    processes.close = partial(processes.close, END)
-    signalled = False
-    while True:
-        try:
-            failures = list(processes.wait(period=0.1).failures.values())
-            if failures and signalled:  # a second signal ends them at once
-                raise KeyboardInterrupt
-            return failures
-        except elastic.SignalException as caught:
-            signalled = True
-            for pid in processes.pids().values():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, caught.sigval)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = elastic.start_processes(
+            "train",
+            sys.executable,
+            args=dict.fromkeys(ranks, tuple(arguments)),
+            envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
+            logs_specs=elastic.DefaultLogsSpecs(log_dir=folder),
+        )
+        processes.close = partial(processes.close, END)
+        signalled = False
+        while True:
+            try:
+                failures = list(processes.wait(period=0.1).failures.values())
+                if failures and signalled:  # a second signal ends them at once
+                    raise KeyboardInterrupt
+                return failures
+            except elastic.SignalException as caught:
+                signalled = True
+                for pid in processes.pids().values():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, caught.sigval)
 
 
 def _describe(failures: list) -> str | None:

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -120,8 +119,7 @@ class Metrics:
         `fraction` of the current step is done."""
         done = self.done - self.start + fraction
         seconds = time.monotonic() - self.began
-        left = seconds / done * (self.stop - self.start - done)
-        return str(timedelta(seconds=int(left)))
+        return format_time(seconds / done * (self.stop - self.start - done))
 
     def log_evaluation(self, step: int, val_loss: float, each: dict[str, float]) -> None:
         """Records an evaluation after `step`, of `each` source where there are several, and draws
@@ -171,6 +169,10 @@ class Metrics:
         axes.plot(steps, _smoothed(losses), color="tab:blue", label="loss, smoothed")
         steps, losses = _points(records, "val_loss")
         axes.plot(steps, losses, color="tab:orange", marker="o", label="val_loss")
+        if steps:
+            last = (steps[-1], losses[-1])
+            above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(f"{losses[-1]:.3f}", last, **above)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         # $ is an ordinary character there
         axes.set_title(self._title(records), parse_math=False, fontsize="medium")
@@ -281,3 +283,10 @@ def memory_used() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return peak_resident()
+
+
+def format_time(seconds: float) -> str:
+    """Returns 3725 as '1:02:05', with days in front where there are any."""
+    days, rest = divmod(int(seconds), 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days} d {clock}" if days else clock

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.console import UserError
 from common.tokens import Tokens
 from configuration import Configuration
 from engines.base import Engine
 from weights.huggingface import decode, encode, make_tokenizer
 
-LENGTH = 64  # tokens that are added to a prompt
-LENGTHS = 64  # texts are padded to multiples of it
+NEW_TOKENS = 64  # that are added to a prompt
+PADDING = 64  # texts are padded to multiples of it
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def next_logits(engine: Engine, texts: list[Tensor]) -> Tensor:
     a text is ids (length,), at most max_position_embeddings. Every process must call it."""
     rows = []
     for ids in texts:  # a few lengths only, which a GPU's kernels and torch.compile prefer
-        length = ceil(len(ids) / LENGTHS) * LENGTHS
+        length = ceil(len(ids) / PADDING) * PADDING
         length = min(length, engine.config.max_position_embeddings)
         rows.append(F.pad(ids, (0, length - len(ids)))[None].to(engine.device))
     with engine.evaluating():
@@ -60,6 +61,8 @@ class Samples:
         self.prompts = []
         if config.sample_prompts:
             folder = tokens.path.parent
+            if tokens.tokenizer is None:
+                raise UserError(f"sample_prompts need a tokenizer.json, and {folder} has none")
             self.tokenizer = make_tokenizer(folder, tokens.tokenizer, config.vocab_size)
             self.prompts = [encode(self.tokenizer, text)[0] for text in config.sample_prompts]
 
@@ -68,7 +71,7 @@ class Samples:
         must call it."""
         texts = self.prompts
         draws = torch.Generator().manual_seed(self.config.seed)
-        for _ in track(range(LENGTH if texts else 0), "writing samples", "token"):
+        for _ in track(range(NEW_TOKENS if texts else 0), "writing samples", "token"):
             seen = [text[-self.config.max_position_embeddings :] for text in texts]
             logits = next_logits(engine, seen).nan_to_num()  # weights may not be finite
             drawn = draw(logits, Sampling(), draws)
@@ -79,6 +82,6 @@ class Samples:
         """Returns what was written up to the first end of text after the prompt."""
         ids = text.tolist()
         end = self.tokenizer.eos_token_id
-        begin = len(ids) - LENGTH
+        begin = len(ids) - NEW_TOKENS
         length = ids.index(end, begin) if end in ids[begin:] else len(ids)
         return decode(self.tokenizer, ids[:length])

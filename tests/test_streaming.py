@@ -170,9 +170,9 @@ def test_bad_folders(run, config, tmp_path):
 
 
 def test_what_does_not_fit_in_memory(run, config):
-    flags = ["train", config.path, "--width", 256, "--engine", "streaming", "--memory_limit", "1GB"]
-    seen = run(*flags, "--stream_to", "ram", "--depth", 64)
-    refused(seen, "of memory, there are 950.0 MB; use more memory")
-    seen = run(*flags, "--batch_size", 8192, "--micro_batch_size", 8192)
+    flags = ["train", config.path, "--engine", "streaming", "--memory_limit", "4GB"]
+    seen = run(*flags, "--stream_to", "ram", "--width", 1024, "--depth", 24)
+    refused(seen, "of memory, there are 3.80 GB; use more memory")
+    seen = run(*flags, "--width", 256, "--batch_size", 8192, "--micro_batch_size", 8192)
     refused(seen, "micro_batch_size: 8192 sequences do not fit in memory, ")
     assert 1 <= int(seen.err.split("memory, ")[1].split(" do")[0]) < 8192

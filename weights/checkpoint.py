@@ -45,7 +45,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 UNFINISHED = (".writing", ".deleting")
-DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, SafetensorError)
+ODD = (ValueError, LookupError, TypeError, AttributeError, OverflowError)  # of a manifest
 KINDS = ("", "exp_avg.", "exp_avg_sq.")  # prefixes of the names of weights and of Adam's moments
 
 
@@ -234,8 +234,11 @@ class Checkpoint:
             if step_of(self.path) is not None:
                 raise self._damaged(f"{MANIFEST} is missing")
             raise UserError(f"{self.path} is not a checkpoint, nor the out_dir of a run with one")
-        with self._reading(MANIFEST):
-            self._read_manifest(read_sealed(self.path / MANIFEST))
+        try:
+            with self._reading(MANIFEST):
+                self._read_manifest(read_sealed(self.path / MANIFEST))
+        except ODD as error:
+            raise self._damaged(f"{MANIFEST}: {one_line(error)}") from None
         if step_of(self.path) not in (None, self.step):
             raise self._damaged(f"it is from step {self.step}, and was renamed")
         self._verified: set[str] = set()
@@ -289,8 +292,8 @@ class Checkpoint:
             path = error.filename or self.path / file
             reason = error.strerror or error
             raise UserError(f"{path} can't be read ({reason}); try again") from None
-        except DAMAGE as error:
-            raise self._damaged(f"{file}: {one_line(error)}") from None
+        except SafetensorError as error:
+            raise self._damaged(f"{file}: {error}") from None
 
     def _check_file(self, name: str, size: int) -> None:
         file = self.path / name

@@ -15,7 +15,7 @@ class Family:
     """How a model of transformers spells what model.py has.
 
     title, model_type, architecture: its names. parts: the values of our keys that it can have.
-    keys: its keys by ours, of which all families have these. dropouts: its keys of our dropout.
+    keys: its keys by ours; those here are in every family. dropouts: its keys of our dropout.
     modules: its modules by ours, several where ours holds their rows one after the other; those of
     a block follow `blocks` and its number, and all but the head follow `prefix`. transposed:
     whether its linear layers hold the transpose of ours.
@@ -80,8 +80,9 @@ class Family:
     def split(self, name: str, tensor: Tensor, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
         """Yield (their name, tensor) of one of our weights."""
         names = self.names(name)
-        is_qkv = len(names) == 3
-        rows = config.qkv_widths if is_qkv else len(tensor) // len(names)
+        rows = len(tensor) // len(names)
+        if len(names) == 3:  # queries, keys and values
+            rows = config.qkv_widths
         for theirs, part in zip(names, tensor.split(rows), strict=True):
             yield theirs, part.T.contiguous() if self.is_transposed(name) else part.contiguous()
 

@@ -50,7 +50,7 @@ def write_weights(folder: Path, config: GPTConfig, read: Callable, dtype: torch.
     with torch.device("meta"):
         model = GPT(config).to(dtype)
     named = hugging_face_tensors(config, model.get_parameter)
-    tensors = {name: tensor.clone() for name, tensor in named}  # some share a storage
+    tensors = {name: tensor.clone() for name, tensor in named}  # a view counts as its whole storage
     files = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST_FILE)
     for file, names in files.filename_to_tensors.items():
         (folder / file).write_bytes(_header({name: tensors[name] for name in names}))
@@ -272,17 +272,17 @@ def check_vocabulary(source: str, tokens: Tokens) -> None:
 
 def load_tokenizer(checkpoint: Checkpoint):
     """Return the transformers tokenizer of a checkpoint. Raises UserError where it carries none."""
-    content = checkpoint.tokenizer and checkpoint.tokenizer.read_bytes()
+    if checkpoint.tokenizer is None:
+        raise UserError(f"{checkpoint.path} has no tokenizer.json: its dataset had none")
+    content = checkpoint.tokenizer.read_bytes()
     return make_tokenizer(checkpoint.path, content, checkpoint.config.vocab_size)
 
 
-def make_tokenizer(folder: Path, content: bytes | None, vocab_size: int):
+def make_tokenizer(folder: Path, content: bytes, vocab_size: int):
     """Return the transformers tokenizer of a tokenizer.json that is in this folder. Raises
-    UserError where there is none, or not one for a model of this vocab_size."""
+    UserError where it is not one for a model of this vocab_size."""
     from transformers import PreTrainedTokenizerFast
 
-    if content is None:
-        raise UserError(f"prompts need a tokenizer.json, and {folder} has none")
     with reading(f"{folder}/tokenizer.json is not a tokenizer"):
         plain = open_tokenizer(content)
         ends = {"bos_token": begin_of_text(folder, plain), "eos_token": end_of_text(folder, plain)}
