@@ -37,7 +37,7 @@ demo: install data/shakespeare_char/meta.json
 	@echo "config.yaml, metrics.jsonl, loss.png and the checkpoint are in $(OUT)"
 
 test: install
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 # Every fault at every place (docs/reliability.md), and a table of the results.
 test-faults: install

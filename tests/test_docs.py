@@ -54,6 +54,12 @@ def test_commands_of_the_readme_are_typed_by_a_test_or_name_what_they_need():
         assert MARK in command or run_by_ci or typed, f"no test types: {line}"
 
 
+def test_the_tests_that_pages_name_exist():
+    made = set(re.findall(r"\bdef (test_\w+)", TESTS)) | {p.stem for p in ROOT.glob("tests/*.py")}
+    for page in ROOT.glob("docs/*.md"):
+        assert set(re.findall(r"\btest_\w+", page.read_text())) <= made, page.name
+
+
 def test_the_reference_has_every_key_as_it_is():
     assert reference.PAGE.read_text() == reference.reference(), "run python docs/reference.py"
 
