@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +20,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, VOCABULARY, figures, records, text, write_dataset
+from conftest import VOCABULARY, figures, records, text, write_dataset
 from faults import Fault, Forks
+from helpers import free_port
 
 from common.files import read_sealed
 from engines.store import PREFIX
@@ -103,7 +103,7 @@ class Runs:
         arguments = ["train", self.config, "--out_dir", out, *ENGINES[self.engine], *flags]
         if self.systems == 1:
             return [self.forks.start(*arguments, fault=fault)]
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= {"GLOO_SOCKET_IFNAME": "lo"}
         return [
             self.forks.start(
@@ -146,8 +146,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Callable[[str], Runs]:
-    forks, made = Forks(tmp_path_factory.mktemp("forks"), ROOT), {}
+def runs(tmp_path_factory, forks) -> Callable[[str], Runs]:
+    made = {}
 
     def runs(engine: str) -> Runs:
         if engine not in made:
@@ -155,15 +155,6 @@ def runs(tmp_path_factory) -> Callable[[str], Runs]:
         return made[engine]
 
     return runs
-
-
-def free_port() -> str:
-    """Below those that the kernel gives out, which another process could have by now."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return str(port)
 
 
 def at_once(function: Callable, items: list) -> list:
